@@ -1,0 +1,110 @@
+// The numbers of a sweep: the 16-bit storage types, and the few operations that a rule is written with.
+//
+// A rule never branches on a value: it calls Select, so that the same source is a vector loop on a CPU, a CUDA
+// thread's body, and an HLO expression (xla/hlo.h overloads what stands here for xla::XlaOp).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#define WDOPS_FN __host__ __device__ inline
+#else
+#define WDOPS_FN inline
+#endif
+
+namespace wdops {
+
+template <class V>
+WDOPS_FN V Select(bool condition, V yes, V no) {
+  return condition ? yes : no;
+}
+
+// The constant `value`, of the type and shape of `like`.
+template <class V>
+WDOPS_FN V Like(V, double value) {
+  return static_cast<V>(value);
+}
+
+WDOPS_FN float Sqrt(float x) { return sqrtf(x); }
+WDOPS_FN double Sqrt(double x) { return sqrt(x); }
+WDOPS_FN double Pow(double x, double y) { return pow(x, y); }
+
+// The larger of two, and NaN if either is: std::max drops a NaN on one side.
+template <class V>
+WDOPS_FN V Max(V a, V b) {
+  return Select(a > b, a, Select(a != a, a, b));
+}
+
+template <class To, class From>
+WDOPS_FN To BitCast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// f16, bf16 and f32 are computed in f32, f64 in f64.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+WDOPS_FN float Load(float x) { return x; }
+WDOPS_FN double Load(double x) { return x; }
+WDOPS_FN float Load(bfloat16 x) {
+  return BitCast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+// Integer arithmetic instead of a conversion instruction: every instruction set gives the same bits, and the loop
+// around it is vectorized on each. A subnormal half is made by a subtraction of normal floats, because the sweep
+// runs with subnormal floats flushed to zero.
+WDOPS_FN float Load(float16 x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const uint32_t exponent = magnitude & 0x0f800000;
+  const float normal = BitCast<float>(magnitude + 0x38000000);
+  const float infinite = BitCast<float>(magnitude + 0x70000000);
+  const float subnormal =
+      BitCast<float>(magnitude + 0x38800000) - BitCast<float>(0x38800000);
+  const float absolute = exponent == 0x0f800000 ? infinite
+                         : exponent == 0        ? subnormal
+                                                : normal;
+  return BitCast<float>(BitCast<uint32_t>(absolute) |
+                        static_cast<uint32_t>(x.bits & 0x8000) << 16);
+}
+
+WDOPS_FN void Store(float value, float* to) { *to = value; }
+WDOPS_FN void Store(double value, double* to) { *to = value; }
+
+// Both round to nearest, ties to even; a NaN stays a (quiet) NaN.
+WDOPS_FN void Store(float value, bfloat16* to) {
+  const uint32_t bits = BitCast<uint32_t>(value);
+  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const uint32_t nan = bits | 0x00400000;
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  to->bits = static_cast<uint16_t>((is_nan ? nan : rounded) >> 16);
+}
+
+WDOPS_FN void Store(float value, float16* to) {
+  const uint32_t bits = BitCast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  // Adding 1/2 moves a magnitude below 2^-14 to where one unit in the last place is 2^-24, the least half.
+  const uint32_t subnormal =
+      BitCast<uint32_t>(BitCast<float>(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t normal =
+      (magnitude - 0x38000000 + 0x0fff + (magnitude >> 13 & 1)) >> 13;
+  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const uint32_t half = magnitude >= 0x47800000   ? special
+                        : magnitude < 0x38800000 ? subnormal
+                                                 : normal;
+  to->bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+}
+
+}  // namespace wdops

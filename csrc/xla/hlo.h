@@ -1,0 +1,65 @@
+// The numbers of rules/number.h as HLO: with Hlo<float> in the place of float, a rule is an expression that XLA compiles.
+#pragma once
+
+#include "rules/number.h"
+#include "xla/hlo/builder/lib/constants.h"
+#include "xla/hlo/builder/xla_builder.h"
+#include "xla/primitive_util.h"
+
+namespace wdops {
+
+// An XlaOp with elements of type T, a scalar or of a variable's shape. A scalar meets a shape by broadcasting.
+template <class T>
+struct Hlo {
+  xla::XlaOp op;
+
+  template <class U>
+  explicit operator Hlo<U>() const {
+    return {xla::ConvertElementType(
+        op, xla::primitive_util::NativeToPrimitiveType<U>())};
+  }
+
+  friend Hlo operator+(Hlo a, Hlo b) { return {xla::Add(a.op, b.op)}; }
+  friend Hlo operator-(Hlo a, Hlo b) { return {xla::Sub(a.op, b.op)}; }
+  friend Hlo operator*(Hlo a, Hlo b) { return {xla::Mul(a.op, b.op)}; }
+  friend Hlo operator/(Hlo a, Hlo b) { return {xla::Div(a.op, b.op)}; }
+  friend Hlo operator-(Hlo a) { return {xla::Neg(a.op)}; }
+  friend Hlo operator+(double a, Hlo b) { return Like(b, a) + b; }
+  friend Hlo operator-(double a, Hlo b) { return Like(b, a) - b; }
+  friend Hlo operator*(double a, Hlo b) { return Like(b, a) * b; }
+  friend Hlo operator/(double a, Hlo b) { return Like(b, a) / b; }
+  friend Hlo<bool> operator>(Hlo a, Hlo b) { return {xla::Gt(a.op, b.op)}; }
+  friend Hlo<bool> operator<(Hlo a, Hlo b) { return {xla::Lt(a.op, b.op)}; }
+  friend Hlo<bool> operator==(Hlo a, Hlo b) { return {xla::Eq(a.op, b.op)}; }
+  friend Hlo<bool> operator!=(Hlo a, Hlo b) { return {xla::Ne(a.op, b.op)}; }
+  friend Hlo<bool> operator>(Hlo a, double b) { return a > Like(a, b); }
+  friend Hlo<bool> operator<(Hlo a, double b) { return a < Like(a, b); }
+  friend Hlo<bool> operator==(Hlo a, double b) { return a == Like(a, b); }
+  friend Hlo<bool> operator!=(Hlo a, double b) { return a != Like(a, b); }
+
+  friend Hlo Like(Hlo like, double value) {
+    return {xla::ScalarLike(like.op, value)};
+  }
+  friend Hlo Sqrt(Hlo x) { return {xla::Sqrt(x.op)}; }
+  friend Hlo Pow(Hlo x, Hlo y) { return {xla::Pow(x.op, y.op)}; }
+};
+
+inline absl::Span<const int64_t> Dimensions(xla::XlaOp op) {
+  return op.builder()->GetShapePtr(op).value()->dimensions();
+}
+
+// xla::Select wants three equal shapes.
+template <class T>
+Hlo<T> Select(Hlo<bool> condition, Hlo<T> yes, Hlo<T> no) {
+  for (xla::XlaOp shaped : {condition.op, yes.op, no.op}) {
+    const auto dimensions = Dimensions(shaped);
+    if (dimensions.empty()) continue;
+    for (xla::XlaOp* op : {&condition.op, &yes.op, &no.op}) {
+      if (Dimensions(*op).empty()) *op = xla::Broadcast(*op, dimensions);
+    }
+    break;
+  }
+  return {xla::Select(condition.op, yes.op, no.op)};
+}
+
+}  // namespace wdops

@@ -1,0 +1,24 @@
+"""Fused optimizer steps with L1/L2 weight decay for TensorFlow: each step one op, and one pass over memory.
+
+`wdops.optimizers` are Keras's own with the step fused, `wdops.ops` the ops under them, `wdops.reference` the same in
+plain TensorFlow, `wdops.isa` the instruction set in use, `wdops.kernels` the kernels on NumPy arrays.
+"""
+
+import sys
+from typing import Any
+
+
+def build_info() -> dict[str, Any]:
+    """What wdops was built against: its version, TensorFlow, compiler, C++11 ABI, CUDA (or None), instruction sets."""
+    from wdops import _build_info
+
+    return {name.lower(): value for name, value in vars(_build_info).items() if name.isupper()}
+
+
+# `python -m wdops` runs this file before __main__.py, which starts TensorFlow itself, and quietly.
+_is_program = sys.argv[:1] == ["-m"] and "wdops" in sys.orig_argv
+if not _is_program:
+    from wdops import isa, kernels, ops, optimizers, reference
+
+    __version__ = build_info()["version"]
+    __all__ = ["build_info", "isa", "kernels", "ops", "optimizers", "reference"]

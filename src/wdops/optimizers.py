@@ -1,0 +1,161 @@
+"""Keras's optimizers with the step fused: same constructors, variables, configs and saved files, one op per step.
+
+Each class takes every argument of the Keras class of its name, and `l1`, `l2`, `proximal_l1`, `proximal_l2`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from wdops import ops, reference
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"wdops needs Keras on TensorFlow, and found it on {keras.backend.backend()}: set KERAS_BACKEND=tensorflow"
+    )
+
+_DECAYS = ("l1", "l2", "proximal_l1", "proximal_l2")
+
+_DOC = """{keras_class} with its whole step fused, decay included, into one op for all dense variables.
+
+    {rule} A gradient that is a `tf.IndexedSlices` goes through Keras's own code, unless one of the four coefficients
+    below is not zero: they reach every row, so that gradient is made dense, as a Keras regularizer makes it. Clipping,
+    averaging (`use_ema`), accumulation and loss scaling are Keras's own, around the fused step.
+
+    Args:
+      *args, **kwargs: those of `{keras_class}`, in its order.
+      l1, l2: coefficients, at least 0, of the penalty l1*sum|p| + l2*sum(p^2) over all variables, as in
+        `keras.regularizers.L1L2`. Its gradient is added before clipping, as if it were in the loss; the loss that is
+        reported does not contain it. Default 0.
+      proximal_l1, proximal_l2: coefficients, at least 0, of the same penalty as a proximal step behind the update,
+        which gives exact zeros. Default 0.
+
+    Raises:
+      ValueError: a coefficient is negative or not a number, or what `{keras_class}` raises.
+
+    Differs from Keras: Adam's bias corrections are made in double; bfloat16 and float16 variables are stepped in
+    float32; a config contains the four coefficients only where they are not zero, so that Keras reads it too.
+    """
+
+
+class _FusedStep(keras.optimizers.Optimizer):
+    """What the classes below share: mixed in before the Keras class, it replaces how a step reaches the variables."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        decays = {name: kwargs.pop(name, 0.0) for name in _DECAYS}
+        for name, value in decays.items():
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number of at least 0. Received: {name}={value}")
+        super().__init__(*args, **kwargs)
+        self.l1, self.l2 = decays["l1"], decays["l2"]
+        self.proximal_l1, self.proximal_l2 = decays["proximal_l1"], decays["proximal_l2"]
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {name: getattr(self, name) for name in _DECAYS if getattr(self, name)}
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        """The op, the slots of all variables in the op's order, and the rule's own hyperparameters."""
+        raise NotImplementedError
+
+    @property
+    def _clips(self) -> bool:
+        return any(limit is not None and limit > 0 for limit in (self.clipnorm, self.clipvalue, self.global_clipnorm))
+
+    def _backend_apply_gradients(self, grads: list[Any], trainable_variables: list[keras.Variable]) -> None:
+        # Keras clips before the fused step sees the gradients, and the penalty belongs to what is clipped.
+        if self._clips and (self.l1 or self.l2):
+            grads = [
+                tf.convert_to_tensor(g) + reference.penalty_gradient(tf.convert_to_tensor(v), self.l1, self.l2)
+                for g, v in zip(grads, trainable_variables, strict=True)
+            ]
+        super()._backend_apply_gradients(grads, trainable_variables)
+
+    def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
+        """Nothing: the fused step decays, and update_step where it hands over to Keras."""
+
+    def _backend_update_step(
+        self, grads: list[Any], trainable_variables: list[keras.Variable], learning_rate: Any
+    ) -> None:
+        if tf.distribute.has_strategy():
+            # Reduces over the replicas and calls update_step for each variable where it lives.
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+            return
+        dense = []
+        for grad, variable in zip(grads, trainable_variables, strict=True):
+            if isinstance(grad, tf.IndexedSlices):
+                self.update_step(grad, variable.value, learning_rate)
+            else:
+                dense.append((grad, variable.value))
+        if dense:
+            self._fused_step(*zip(*dense, strict=True), learning_rate)
+
+    def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+        if not isinstance(gradient, tf.IndexedSlices):
+            self._fused_step([gradient], [variable], learning_rate)
+        elif any(getattr(self, name) for name in _DECAYS):
+            self._fused_step([tf.convert_to_tensor(gradient)], [variable], learning_rate)
+        else:
+            if self.weight_decay and self._use_weight_decay(variable):
+                decay = tf.cast(self.weight_decay, variable.dtype) * tf.cast(learning_rate, variable.dtype)
+                variable.assign_sub(variable * decay)
+            super().update_step(gradient, variable, learning_rate)
+
+    def _fused_step(self, grads: list[tf.Tensor], variables: list[tf.Variable], learning_rate: Any) -> None:
+        apply, slots, hypers = self._rule()
+        index = [self._get_variable_index(v) for v in variables]
+        weight_decay = self.weight_decay or 0.0
+        decayed = [self._use_weight_decay(v) for v in variables]
+        if weight_decay and not all(decayed):
+            weight_decay = [weight_decay * d for d in decayed]
+        penalty = {} if self._clips else {"l1": self.l1, "l2": self.l2}
+        apply(
+            list(variables),
+            *([slot[i] for i in index] for slot in slots),
+            [tf.cast(g, v.dtype) for g, v in zip(grads, variables, strict=True)],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            proximal_l1=self.proximal_l1,
+            proximal_l2=self.proximal_l2,
+            **penalty,
+            **hypers,
+        )
+
+
+@keras.saving.register_keras_serializable(package="wdops")
+class SGD(_FusedStep, keras.optimizers.SGD):
+    __doc__ = _DOC.format(
+        keras_class="keras.optimizers.SGD", rule="`wdops.ops.apply_sgd` and `apply_momentum` say what it computes."
+    )
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        if self.momentum == 0:
+            return ops.apply_sgd, [], {}
+        return ops.apply_momentum, [self.momentums], {"momentum": self.momentum, "nesterov": self.nesterov}
+
+
+class _FusedAdam(_FusedStep):
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        hypers = {
+            "beta1": self.beta_1,
+            "beta2": self.beta_2,
+            "epsilon": self.epsilon,
+            "step": self.iterations + 1,
+        }
+        if self.amsgrad:
+            return ops.apply_amsgrad, [self._momentums, self._velocities, self._velocity_hats], hypers
+        return ops.apply_adam, [self._momentums, self._velocities], hypers
+
+
+_ADAM_RULE = "`wdops.ops.apply_adam` and `apply_amsgrad` say what it computes."
+
+
+@keras.saving.register_keras_serializable(package="wdops")
+class Adam(_FusedAdam, keras.optimizers.Adam):
+    __doc__ = _DOC.format(keras_class="keras.optimizers.Adam", rule=_ADAM_RULE)
+
+
+@keras.saving.register_keras_serializable(package="wdops")
+class AdamW(_FusedAdam, keras.optimizers.AdamW):
+    __doc__ = _DOC.format(keras_class="keras.optimizers.AdamW", rule=_ADAM_RULE)
