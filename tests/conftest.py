@@ -1,0 +1,114 @@
+"""What all tests share: the instruction sets as a fixture, random cases of every rule, and the bound of the oracle."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import wdops
+from wdops import reference
+
+DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+# Amplified, so that a term that is missing or doubled stands far above rounding.
+OWN_HYPERS = {
+    "sgd": {"lr": 0.1},
+    "momentum": {"lr": 0.1, "momentum": 0.7, "nesterov": True},
+    "adam": {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "epsilon": 1e-3, "step": 3},
+    "amsgrad": {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "epsilon": 1e-3, "step": 3},
+}
+TERMS = {
+    "grad_scale": 0.5,
+    "clip_scale": 0.7,
+    "l1": 0.3,
+    "l2": 0.2,
+    "weight_decay": 0.4,
+    "proximal_l1": 0.25,
+    "proximal_l2": 0.15,
+}
+# Each term alone, so that a wrong one cannot hide behind another; all at once; none.
+DECAYS = {"all": TERMS, "none": {}, **{name: {name: value} for name, value in TERMS.items()}}
+
+# How many roundings of the type that the step is computed in may stand between it and the oracle, each as large as a
+# relative change by half an ULP of every input and of the result. The largest seen over 3.6 M elements is 1.6 in
+# float32; in float64, where the oracle rounds as much as the kernel, 2.4.
+MAX_ROUNDINGS = {"float32": 2.0, "bfloat16": 2.0, "float16": 2.0, "float64": 4.0}
+# Half an ULP of what is stored in 16 bits, relative.
+STORAGE = {"float32": 0, "float64": 0, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+# The least normal number: what is below counts as 0, or in float16 is a subnormal and stored with this spacing.
+TINY = {"float32": 2.0**-126, "float64": 2.0**-1022, "bfloat16": 2.0**-126, "float16": 2.0**-24}
+
+
+@pytest.fixture(params=wdops.isa.available())
+def isa(request):
+    before = wdops.isa.active()
+    wdops.isa.use(request.param)
+    assert wdops.isa.active() == request.param
+    yield request.param
+    wdops.isa.use(before)
+
+
+def random_case(rule, dtype, n, seed=0):
+    """param, slots, grad of n elements that reach every branch of a step: second moments are positive."""
+    rng = np.random.default_rng(seed)
+
+    def draw():
+        return rng.normal(size=n) * 2.0 ** rng.integers(-3, 2, size=n)
+
+    slots = [np.abs(draw()) if name.startswith("v") else draw() for name in reference.RULES[rule].slots]
+    return [x.astype(DTYPES[dtype]) for x in (draw(), *slots, draw())]
+
+
+def oracle(rule, param, slots, grad, hypers):
+    """The new param and slots in float64, and how far a step in the dtype of `param` may be from each element.
+
+    A rounding is a relative change by half an ULP, so what it can do is measured on the oracle itself: each input, each
+    hyperparameter and the result is changed by so much, and the changes of the result are added up. Where a sum
+    cancels, or a quotient has a small divisor, the bound grows as the error does. What is stored in 16 bits is
+    rounded once more.
+    """
+    dtype = str(param.dtype)
+    half_ulp = 2.0**-53 if dtype == "float64" else 2.0**-24
+    change = 2.0**-20
+    inputs = {"param": param, "grad": grad} | {f"slot{k}": s for k, s in enumerate(slots)}
+    inputs = {name: np.asarray(x, np.float64) for name, x in inputs.items()}
+    hypers = reference.STEP_DEFAULTS | {n: float(x) for n, x in hypers.items()}
+
+    def step(inputs, hypers):
+        slots = [inputs[f"slot{k}"] for k in range(len(inputs) - 2)]
+        return [np.asarray(x) for x in reference.step(rule, inputs["param"], slots, inputs["grad"], **hypers)]
+
+    want = step(inputs, hypers)
+    slack = [np.abs(w) for w in want]
+    for group in (inputs, hypers):
+        for name, value in group.items():
+            if name in ("nesterov", "step"):  # exact
+                continue
+            moved = []
+            for factor in (1 - change, 1 + change):
+                changed = group | {name: value * factor}
+                moved.append(step(*((changed, hypers) if group is inputs else (inputs, changed))))
+            for k, w in enumerate(want):
+                slack[k] = slack[k] + np.maximum(*(np.abs(m[k] - w) for m in moved)) / change
+    rounding = MAX_ROUNDINGS[dtype] * half_ulp
+    return want, [
+        rounding * s + STORAGE[dtype] * np.abs(w) + TINY[dtype] for s, w in zip(slack, want, strict=True)
+    ]
+
+
+def assert_within(got, want, bound, name):
+    got = np.asarray(got).astype(np.float64)
+    assert got.shape == want.shape, name
+    with np.errstate(invalid="ignore"):
+        wrong = ~(np.abs(got - want) <= bound) & ~(np.isnan(got) & np.isnan(want)) & ~(got == want)
+    assert not wrong.any(), (
+        f"{name}: {wrong.sum()} of {wrong.size} elements beyond the bound; the first at {np.flatnonzero(wrong)[0]}: "
+        f"{got[wrong][0]!r}, not {want[wrong][0]!r} +- {bound[wrong][0]:.2g}"
+    )
+
+
+def names_of(rule):
+    return ["var", *reference.RULES[rule].slots]

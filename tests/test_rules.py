@@ -1,0 +1,231 @@
+"""Every rule's kernel against the float64 oracle, and bit for bit against itself: on NumPy arrays, without TensorFlow."""
+
+import numpy as np
+import pytest
+from conftest import DECAYS, DTYPES, OWN_HYPERS, TERMS, assert_within, names_of, oracle, random_case
+
+import wdops
+from wdops import reference
+from wdops._load import native
+
+SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1023]
+N = 2053
+
+rules = pytest.mark.parametrize("rule", reference.RULES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def run(rule, arrays, hypers):
+    param, *slots, grad = arrays
+    wdops.kernels.apply(rule, param, slots, grad, **hypers)
+    return [param, *slots]
+
+
+def bits(arrays):
+    """The bytes of each array, with every NaN the same: which of two NaN operands an instruction keeps is not fixed."""
+    return [np.where(np.isnan(a), a.dtype.type(np.nan), a).tobytes() for a in arrays]
+
+
+def test_every_rule_has_an_oracle_and_both_agree_on_names():
+    assert [r["name"] for r in native.rules] == list(reference.RULES) == list(OWN_HYPERS)
+    for r in native.rules:
+        rule = reference.RULES[r["name"]]
+        assert tuple(r["slots"]) == rule.slots
+        hypers = set(rule.signature.parameters) - {"var", "grad", "name", *rule.slots}
+        assert set(r["hypers"]) == hypers
+        for module in (wdops.ops, wdops.reference):
+            apply = getattr(module, f"apply_{rule.name}")
+            assert all(name in apply.__doc__ for name in rule.signature.parameters), rule.name
+
+
+@rules
+@dtypes
+@pytest.mark.parametrize("decay", DECAYS)
+def test_three_steps_match_the_oracle(rule, dtype, decay, isa):
+    hypers = OWN_HYPERS[rule] | DECAYS[decay]
+    arrays = random_case(rule, dtype, N)
+    for step in range(3):
+        # From the kernel's own state, so that errors do not add up over the steps and the bound stays tight.
+        want, bound = oracle(rule, arrays[0], arrays[1:-1], arrays[-1], hypers)
+        before = [a.copy() for a in arrays]
+        got = run(rule, arrays, hypers)
+        for name, g, w, b in zip(names_of(rule), got, want, bound, strict=True):
+            assert_within(g, w, b, f"{name} at step {step}")
+        assert (arrays[-1] == before[-1]).all()
+        arrays[-1] = arrays[-1][::-1].copy()
+
+
+@rules
+@dtypes
+def test_every_size_and_offset_is_a_piece_of_the_whole(rule, dtype, isa):
+    hypers = OWN_HYPERS[rule] | TERMS
+    start = random_case(rule, dtype, N)
+    whole = run(rule, [a.copy() for a in start], hypers)
+    for n in SIZES:
+        for offset in (0, 1, 3, 8):
+            arrays = [a.copy() for a in start]
+            run(rule, [a[offset : offset + n] for a in arrays], hypers)
+            for array, old, new in zip(arrays[:-1], start[:-1], whole, strict=True):
+                want = old.copy()
+                want[offset : offset + n] = new[offset : offset + n]
+                assert array.tobytes() == want.tobytes(), (n, offset)
+
+
+def special_case(rule, dtype):
+    """All pairs of special values as param and grad, on random slots and on special ones."""
+    info = {"bfloat16": 2.0**-126, "float16": 2.0**-14, "float32": 2.0**-126, "float64": 2.0**-1022}
+    tiny = info[dtype]
+    values = [0.0, -0.0, 1.0, -1.0, 1e-3, np.inf, -np.inf, np.nan, tiny, -tiny, tiny / 4, 3e4]
+    values = np.array(values).astype(DTYPES[dtype])
+    param, grad = (x.ravel() for x in np.meshgrid(values, values))
+    slots = random_case(rule, dtype, param.size)[1:-1]
+    special = [np.roll(np.abs(param) if name.startswith("v") else param, 5) for name in reference.RULES[rule].slots]
+    return [
+        np.concatenate([param, param]),
+        *(np.concatenate([s, t]) for s, t in zip(slots, special, strict=True)),
+        np.concatenate([grad, grad]),
+    ]
+
+
+@rules
+@dtypes
+@pytest.mark.parametrize("decay", ["all", "none"])
+def test_every_instruction_set_gives_the_same_bits(rule, dtype, decay):
+    hypers = OWN_HYPERS[rule] | DECAYS[decay]
+    results = {}
+    for name in wdops.isa.available():
+        wdops.isa.use(name)
+        parts = []
+        for arrays in (random_case(rule, dtype, N), special_case(rule, dtype)):
+            for _ in range(3):
+                run(rule, arrays, hypers)
+            parts += bits(arrays)
+        results[name] = parts
+    wdops.isa.use(wdops.isa.available()[0])
+    first = results.pop("baseline")
+    for name, parts in results.items():
+        assert parts == first, name
+
+
+@rules
+@dtypes
+@pytest.mark.parametrize("decay", ["all", "none"])
+@np.errstate(all="ignore")
+def test_special_values_match_the_oracle(rule, dtype, decay, isa):
+    hypers = OWN_HYPERS[rule] | DECAYS[decay]
+    arrays = special_case(rule, dtype)
+    # An infinite moment makes a NaN of an infinite gradient, here as in Keras: both form grad - m. The oracle does not.
+    for slot in arrays[1:-1]:
+        slot[~np.isfinite(slot)] = 2.0
+    info = np.finfo(np.float32) if dtype != "float64" else np.finfo(np.float64)
+    # A subnormal counts as 0 where it is computed with.
+    flushed = [np.where(np.abs(a.astype(np.float64)) < info.tiny, 0, a.astype(np.float64)) for a in arrays]
+    want = [np.asarray(w) for w in reference.step(rule, flushed[0], flushed[1:-1], flushed[-1], **hypers)]
+    got = run(rule, arrays, hypers)
+    for name, g, w in zip(names_of(rule), got, want, strict=True):
+        # 0 times inf is NaN in the oracle, which multiplies by every coefficient; a term that is off makes no NaN.
+        g64 = g.astype(np.float64)
+        invented = np.isnan(g64) & ~np.isnan(w)
+        assert not invented.any(), (name, g[invented][:4])
+        if decay == "all":
+            assert (np.isnan(g64) == np.isnan(w)).all(), name
+        finite = np.isfinite(g64) & np.isfinite(w)
+        scale = np.abs(w[finite]) + 3e4 * float(np.finfo(np.float16).eps)
+        assert (np.abs(g64[finite] - w[finite]) <= 0.02 * scale).all(), name
+
+
+@dtypes
+def test_a_term_that_is_off_leaves_an_infinite_param_as_it_is(dtype, isa):
+    param = np.array([np.inf, -np.inf], DTYPES[dtype])
+    run("sgd", [param, np.ones(2, DTYPES[dtype])], {"lr": 0.1})
+    assert param.tolist() == [np.inf, -np.inf]
+
+
+@dtypes
+def test_proximal_zeros_are_exact(dtype, isa):
+    param = np.array([0.1, -0.1, 0.3, -0.3, 0.0, -0.0, np.nan], DTYPES[dtype])
+    run("sgd", [param, np.zeros(7, DTYPES[dtype])], {"lr": 0.5, "proximal_l1": 0.4})
+    assert param[[0, 1, 4, 5]].tobytes() == np.zeros(4, DTYPES[dtype]).tobytes()
+    assert (np.abs(param[[2, 3]].astype(float)) > 0.09).all()
+    assert np.isnan(param[6])
+
+
+@dtypes
+def test_the_penalty_of_zero_is_flat(dtype, isa):
+    param = np.zeros(3, DTYPES[dtype])
+    run("sgd", [param, np.zeros(3, DTYPES[dtype])], {"lr": 0.1, "l1": 1.0, "l2": 1.0})
+    assert not param.any()
+
+
+def test_l2_and_weight_decay_differ_for_adam():
+    """The negative control: were decoupled decay coupled, as others shipped it, this would fail."""
+    results = []
+    for decay in ({"l2": 0.2}, {"weight_decay": 0.4}):
+        arrays = random_case("adam", "float32", 100)
+        results.append(run("adam", arrays, OWN_HYPERS["adam"] | decay)[0])
+    assert np.median(np.abs(results[0] - results[1])) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_are_rounded_to_nearest_even(dtype, isa):
+    """Every 16-bit value passes through a step that changes nothing, and every midpoint goes where NumPy puts it."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[dtype])
+    param = every.copy()
+    run("sgd", [param, np.zeros_like(param)], {"lr": 0.0})
+    with np.errstate(all="ignore"):
+        as_float = every.astype(np.float32)
+        flushed = np.where(np.abs(as_float) < 2.0**-126, 0, as_float).astype(DTYPES[dtype])
+    same = (param == flushed) | (np.isnan(param) & np.isnan(flushed))
+    assert same.all()
+
+    finite = np.sort(every[np.isfinite(every.astype(np.float32))].astype(np.float32))
+    finite = finite[np.abs(finite) < 2.0**15]
+    low, high = finite[:-1], finite[1:]
+    # high - (high - low)/2 is the midpoint, exact in float32, and stored by rounding to even.
+    param = high.astype(DTYPES[dtype])
+    grad = (high - low).astype(DTYPES[dtype])
+    exact = grad.astype(np.float32) == high - low
+    run("sgd", [param, grad], {"lr": 0.5})
+    with np.errstate(all="ignore"):
+        want = (high - np.float32(0.5) * grad.astype(np.float32)).astype(DTYPES[dtype])
+    normal = exact & (np.abs(high) > 2.0**-120) & (np.abs(grad.astype(np.float32)) > 2.0**-120)
+    assert normal.sum() > 30000
+    assert (param[normal] == want[normal]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "adamx"}, "rule is 'adamx'"),
+        ({"grad": np.zeros(4, np.float64)}, "grad has dtype float64, but param has float32"),
+        ({"grad": np.zeros(5, np.float32)}, "grad has 5 elements, but param has 4"),
+        ({"slots": [np.zeros(4, np.float32)]}, "adam has 2 slots, not 1"),
+        ({"slots": [np.zeros(8, np.float32)[::2], np.zeros(4, np.float32)]}, "m must be contiguous"),
+        ({"param": np.zeros(17, np.uint8)[1:].view(np.float32)}, "param must be contiguous and aligned"),
+        ({"param": np.zeros(4, np.int32)}, "param has dtype int32"),
+        ({"hypers": {"l1": -0.1}}, "l1 is -0.1"),
+        ({"hypers": {"l2": float("nan")}}, "l2 is nan"),
+        ({"hypers": {"step": 0}}, "step is 0"),
+        ({"hypers": {"lr": -1.0, "proximal_l1": 1.0}}, "lr is -1.0+, but must not be negative beside proximal"),
+    ],
+)
+def test_a_bad_array_is_named_and_nothing_changes(change, message):
+    arguments = {"rule": "adam", "param": np.ones(4, np.float32), "grad": np.ones(4, np.float32)}
+    arguments["slots"] = [np.ones(4, np.float32) for _ in range(2)]
+    arguments |= {k: v for k, v in change.items() if k != "hypers"}
+    watched = [arguments["param"], *arguments["slots"]]
+    before = [a.copy() for a in watched]
+    hypers = {"lr": 0.1, "step": 1} | change.get("hypers", {})
+    with pytest.raises(ValueError, match=message):
+        wdops.kernels.apply(**arguments, **hypers)
+    assert all((a == b).all() for a, b in zip(watched, before, strict=True))
+
+
+def test_overlapping_and_read_only_arrays_are_refused():
+    memory = np.ones(8, np.float32)
+    with pytest.raises(ValueError, match="grad shares memory"):
+        run("sgd", [memory[:4], memory[2:6]], {"lr": 0.1})
+    memory.flags.writeable = False
+    with pytest.raises(ValueError, match="param must be writeable"):
+        run("sgd", [memory, np.ones(8, np.float32)], {"lr": 0.1})
+    assert (memory == 1).all()
