@@ -36,8 +36,8 @@ DECAYS = {"all": TERMS, "none": {}, **{name: {name: value} for name, value in TE
 # relative change by half an ULP of every input and of the result. The largest seen over 3.6 M elements is 1.6 in
 # float32; in float64, where the oracle rounds as much as the kernel, 2.4.
 MAX_ROUNDINGS = {"float32": 2.0, "bfloat16": 2.0, "float16": 2.0, "float64": 4.0}
-# Half an ULP of what is stored in 16 bits, relative.
-STORAGE = {"float32": 0, "float64": 0, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+# Half an ULP of what is stored in 16 bits, relative to the least number with that ULP.
+STORAGE = {"float32": 0, "float64": 0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 # The least normal number: what is below counts as 0, or in float16 is a subnormal and stored with this spacing.
 TINY = {"float32": 2.0**-126, "float64": 2.0**-1022, "bfloat16": 2.0**-126, "float16": 2.0**-24}
 

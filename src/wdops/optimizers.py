@@ -159,3 +159,44 @@ class Adam(_FusedAdam, keras.optimizers.Adam):
 @keras.saving.register_keras_serializable(package="wdops")
 class AdamW(_FusedAdam, keras.optimizers.AdamW):
     __doc__ = _DOC.format(keras_class="keras.optimizers.AdamW", rule=_ADAM_RULE)
+
+
+def from_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """The optimizer of this module that goes on where a Keras one stands, as behind `keras.saving.load_model`.
+
+    Args:
+      optimizer: of a class of Keras that this module has too; built or not.
+
+    Returns:
+      An optimizer of that class here, with the same config, variables and exclusions from weight decay.
+
+    Raises:
+      ValueError: this module has no such class.
+    """
+    return _go_on_as(globals().get(type(optimizer).__name__), optimizer)
+
+
+def to_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """The way back: Keras's own optimizer that goes on where one of this module stands.
+
+    Raises:
+      ValueError: it has an `l1`, `l2`, `proximal_l1` or `proximal_l2`, which Keras's has not.
+    """
+    for name in _DECAYS:
+        if getattr(optimizer, name):
+            raise ValueError(f"Keras's optimizers have no `{name}`, and this one has {name}={getattr(optimizer, name)}")
+    return _go_on_as(getattr(keras.optimizers, type(optimizer).__name__), optimizer)
+
+
+def _go_on_as(cls: type | None, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    if cls is None:
+        raise ValueError(f"wdops.optimizers has no {type(optimizer).__name__}")
+    converted = cls.from_config(optimizer.get_config())
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if hasattr(optimizer, name):
+            setattr(converted, name, getattr(optimizer, name))
+    if optimizer.built:
+        converted.build(optimizer._trainable_variables)
+        for variable, value in zip(converted.variables, optimizer.variables, strict=True):
+            variable.assign(value)
+    return converted

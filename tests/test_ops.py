@@ -1,0 +1,318 @@
+"""The TensorFlow op: lists, modes, hyperparameters, copies, locks, and that a bad call changes nothing."""
+
+import subprocess
+import sys
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import DTYPES, OWN_HYPERS, TERMS, assert_within, names_of, oracle, random_case
+
+import wdops
+from wdops import reference
+
+MODES = {
+    "eager": lambda f: f,
+    "graph": tf.function,
+    "jit": lambda f: tf.function(f, jit_compile=True),
+}
+modes = pytest.mark.parametrize("mode", MODES)
+rules = pytest.mark.parametrize("rule", reference.RULES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+# More than one chunk of 16384, odd, empty first, in the middle and last, scalars; four more than dtypes.
+SHAPES = [(0,), (3, 5), (), (2, 0, 3), (16384,), (40001,), (7, 11, 13), (1,), (0, 4)]
+
+
+def apply(rule, variables, grads, **hypers):
+    return getattr(wdops.ops, f"apply_{rule}")(*variables, grads, **hypers)
+
+
+def make(rule, dtypes, shapes=SHAPES):
+    """Lists of arrays: var, each slot, grad; one of each shape, in turn of each of `dtypes`."""
+    cases = []
+    for i, shape in enumerate(shapes):
+        arrays = random_case(rule, dtypes[i % len(dtypes)], int(np.prod(shape)), seed=i)
+        cases.append([a.reshape(shape) for a in arrays])
+    return [list(arrays) for arrays in zip(*cases, strict=True)]
+
+
+def to_variables(arrays):
+    return [[tf.Variable(a) for a in list_] for list_ in arrays[:-1]], [tf.constant(g) for g in arrays[-1]]
+
+
+def vector(rule, n):
+    """Every hyperparameter of the step as a vector with entries that differ."""
+    hypers = OWN_HYPERS[rule] | TERMS
+    return {name: [value * (1 + 0.1 * i) for i in range(n)] if name in TERMS else value for name, value in hypers.items()}
+
+
+def entry(hypers, i):
+    return {name: value[i] if isinstance(value, list) else value for name, value in hypers.items()}
+
+
+@rules
+@modes
+@pytest.mark.parametrize("per_variable", [False, True], ids=["scalars", "vectors"])
+@pytest.mark.parametrize("dtype", [*DTYPES, "mixed"])
+def test_a_list_matches_the_oracle(rule, mode, dtype, per_variable):
+    arrays = make(rule, list(DTYPES) if dtype == "mixed" else [dtype])
+    n = len(SHAPES)
+    hypers = vector(rule, n) if per_variable else OWN_HYPERS[rule] | TERMS
+    variables, grads = to_variables(arrays)
+    MODES[mode](lambda: apply(rule, variables, grads, **hypers))()
+    for i in range(n):
+        param, *slots, grad = (a[i] for a in arrays)
+        want, bound = oracle(rule, param, slots, grad, entry(hypers, i))
+        for name, list_, w, b in zip(names_of(rule), variables, want, bound, strict=True):
+            # XLA may contract a product and a sum into one rounding.
+            assert_within(list_[i].numpy(), w, b * (1.5 if mode == "jit" else 1), f"{name}[{i}]")
+
+
+@rules
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@dtypes
+def test_a_list_has_the_bits_of_the_kernel(rule, mode, dtype, isa):
+    arrays = make(rule, [dtype])
+    variables, grads = to_variables(arrays)
+    hypers = vector(rule, len(SHAPES))
+    MODES[mode](lambda: apply(rule, variables, grads, **hypers))()
+    for i in range(len(SHAPES)):
+        param, *slots, grad = (a[i].copy() for a in arrays)
+        wdops.kernels.apply(rule, param, slots, grad, **entry(hypers, i))
+        for list_, want in zip(variables, [param, *slots], strict=True):
+            assert list_[i].numpy().tobytes() == want.tobytes(), i
+
+
+_PRINT_HASH = """
+import hashlib, sys
+import tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+sys.path.insert(0, sys.argv[2])
+from test_ops import *
+digest = hashlib.sha256()
+for rule in reference.RULES:
+    for dtype in DTYPES:
+        arrays = make(rule, [dtype], [(300001,), (5,), (70000,)])
+        for a in arrays[0]:
+            a[::7] *= np.asarray(1e-39 if dtype != "float16" else 1e-7, a.dtype)
+        variables, grads = to_variables(arrays)
+        for f in (lambda: apply(rule, variables, grads, **OWN_HYPERS[rule], **TERMS),) * 3:
+            f()
+            tf.function(f)()
+        for list_ in variables:
+            for v in list_:
+                digest.update(v.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_the_same_bits_for_every_number_of_threads():
+    """Also with subnormals: TensorFlow's pool flushes them, and the calling thread, which helps, does not."""
+    hashes = {}
+    for threads in (1, 2, 7):
+        command = [sys.executable, "-c", _PRINT_HASH, str(threads), __file__.rpartition("/")[0]]
+        hashes[threads] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    assert len(set(hashes.values())) == 1, hashes
+
+
+@modes
+def test_one_variable_needs_no_list(mode):
+    var, m, grad = (x.reshape(3, 5) for x in random_case("momentum", "float32", 15))
+    want = reference.step("momentum", var, [m], grad, lr=0.1, momentum=0.5)
+
+    def check(v, s):
+        MODES[mode](lambda: wdops.ops.apply_momentum(v, s, grad, lr=0.1, momentum=0.5))()
+        np.testing.assert_allclose(v.numpy(), want[0], rtol=1e-6)
+        np.testing.assert_allclose(s.numpy(), want[1], rtol=1e-6)
+
+    check(tf.Variable(var), tf.Variable(m))
+    check(keras.Variable(var), keras.Variable(m))
+
+
+@modes
+@rules
+def test_the_reference_takes_the_same_call(mode, rule):
+    arrays = make(rule, ["float32"])
+    hypers = vector(rule, len(SHAPES))
+
+    def result(module):
+        variables, grads = to_variables(arrays)
+        MODES[mode](lambda: getattr(module, f"apply_{rule}")(*variables, grads, **hypers))()
+        return variables
+
+    for got, want in zip(result(wdops.ops), result(wdops.reference), strict=True):
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(g.numpy(), w.numpy(), rtol=2e-5, atol=2e-5)
+
+
+@modes
+def test_a_hyperparameter_is_read_when_the_op_runs(mode):
+    """As a number, a tensor, a vector, a tf.Variable, a keras.Variable; a new value does not retrace."""
+    lr = tf.Variable(0.0, dtype=tf.float32)
+    decay = keras.Variable([0.0, 0.0])
+    variables = [tf.Variable([2.0]), tf.Variable([4.0])]
+    traces = []
+
+    def step():
+        traces.append(1)
+        wdops.ops.apply_sgd(variables, [tf.zeros(1)] * 2, lr=lr, weight_decay=decay, l1=tf.constant([0, 0], tf.int32))
+
+    run = MODES[mode](step)
+    run()
+    assert [v.numpy()[0] for v in variables] == [2, 4]
+    lr.assign(0.5)
+    decay.assign([0.5, 1.0])
+    run()
+    assert [v.numpy()[0] for v in variables] == [1.5, 2]
+    assert len(traces) == (2 if mode == "eager" else 1)
+
+
+def test_a_list_is_one_op():
+    variables, grads = to_variables(make("adam", ["float32", "bfloat16"]))
+    graph = tf.function(lambda: apply("adam", variables, grads, lr=0.1, step=1)).get_concrete_function().graph
+    assert [op.type for op in graph.get_operations() if op.type.startswith("Wdops>")] == ["Wdops>ApplyAdam"]
+
+
+@modes
+def test_an_empty_list_does_nothing(mode):
+    MODES[mode](lambda: wdops.ops.apply_momentum([], [], [], lr=0.1))()
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@dtypes
+def test_a_tensor_read_before_the_step_keeps_its_value(mode, dtype):
+    arrays = make("adam", [dtype])
+    variables, grads = to_variables(arrays)
+
+    def step():
+        reads = [[v.read_value() for v in list_] for list_ in variables]
+        # The gradient is the very buffer of the variable, which an identity gradient makes.
+        aliases = [v.read_value() for v in variables[0]]
+        apply("adam", variables, aliases, lr=0.1, step=1)
+        return reads
+
+    reads = MODES[mode](step)()
+    for list_, before, values in zip(variables, arrays[:-1], reads, strict=True):
+        for variable, old, read in zip(list_, before, values, strict=True):
+            assert read.numpy().tobytes() == old.tobytes()
+            if old.size > 1:
+                assert variable.numpy().tobytes() != old.tobytes()
+    for i, param in enumerate(arrays[0]):
+        m, v = (np.copy(a[i]) for a in arrays[1:3])
+        want, grad = param.copy(), param.copy()
+        wdops.kernels.apply("adam", want, [m, v], grad, lr=0.1, step=1)
+        assert variables[0][i].numpy().tobytes() == want.tobytes()
+
+
+def test_a_variable_that_was_read_sparsely_is_updated_in_place():
+    variable = tf.Variable(np.ones((8, 2), np.float32))
+    variable.scatter_add(tf.IndexedSlices(tf.ones((1, 2)), tf.constant([3])))  # turns copy-on-read on, for good
+    read = variable.read_value()
+    wdops.ops.apply_sgd(variable, tf.ones((8, 2)), lr=1.0)
+    assert read.numpy()[3].tolist() == [2, 2]
+    assert variable.numpy()[3].tolist() == [1, 1] and not variable.numpy()[0].any()
+
+
+def test_two_steps_over_the_same_variables_in_opposite_order_never_wait_for_each_other():
+    variables = [tf.Variable(tf.zeros(1000)) for _ in range(20)]
+    grads = [tf.ones(1000)] * 20
+
+    def work(order):
+        for _ in range(200):
+            wdops.ops.apply_sgd(variables[::order], grads, lr=1.0)
+
+    threads = [threading.Thread(target=work, args=(order,), daemon=True) for order in (1, -1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    for variable in variables:
+        assert (variable.numpy() == -400).all()
+
+
+def uninitialized():
+    handle = tf.raw_ops.VarHandleOp(dtype=tf.float32, shape=[4], shared_name="never_initialized")
+
+    class Uninitialized:
+        pass
+
+    variable = Uninitialized()
+    variable.handle = handle
+    return variable
+
+
+def _twice(a):
+    a["var"][2] = a["var"][0]
+
+
+def _slot_is_var(a):
+    a["v"][1] = a["var"][0]
+
+
+BAD_CALLS = {
+    "the same variable twice": (_twice, r"var\[0\] and var\[2\] are the same variable|var\[2\] and var\[0\]"),
+    "a variable as a slot": (_slot_is_var, r"(var\[0\] and v\[1\]|v\[1\] and var\[0\]) are the same variable"),
+    "a slot of another shape": (lambda a: a["v"].__setitem__(2, tf.Variable(tf.zeros(5))), r"v\[2\] has shape \[5\], but var\[2\] has shape \[4\]"),
+    "a slot of another rank": (lambda a: a["m"].__setitem__(0, tf.Variable(tf.zeros([4, 1]))), r"m\[0\] has shape \[4,1\], but var\[0\] has shape \[4\]"),
+    "a slot of another dtype": (lambda a: a["m"].__setitem__(2, tf.Variable(tf.zeros(4, tf.float64))), r"m\[2\] has dtype double, but var\[2\] has dtype float"),
+    "a gradient of another shape": (lambda a: a["grad"].__setitem__(1, tf.zeros([2, 2])), r"grad\[1\] has shape \[2,2\], but var\[1\] has shape \[4\]"),
+    "a gradient of another dtype": (lambda a: a["grad"].__setitem__(2, tf.zeros(4, tf.float16)), r"grad\[2\] has dtype half, but var\[2\] has dtype float"),
+    "an integer gradient": (lambda a: a["grad"].__setitem__(2, tf.zeros(4, tf.int32)), r"int32"),
+    "a sparse gradient": (lambda a: a["grad"].__setitem__(1, tf.IndexedSlices(tf.ones(1), tf.constant([0]))), r"grad\[1\] is a tf.IndexedSlices"),
+    "a list that is short": (lambda a: a["m"].pop(), r"m has 2 entries, but var has 3"),
+    "a gradient too many": (lambda a: a["grad"].append(tf.zeros(4)), r"grad has 4 entries, but var has 3"),
+    "not a variable": (lambda a: a["var"].__setitem__(1, tf.zeros(4)), r"var\[1\] must be a tf.Variable"),
+    "a vector of another length": (lambda a: a.update(lr=[0.1, 0.2]), r"lr has shape \[2\], but must be a scalar or have one entry for each of the 3"),
+    "a matrix": (lambda a: a.update(l2=tf.zeros([3, 1])), r"l2 has shape \[3,1\]"),
+    "an l1 below 0": (lambda a: a.update(l1=-0.1), r"l1 is -0.1"),
+    "a weight_decay that is not a number": (lambda a: a.update(weight_decay=float("nan")), r"weight_decay is nan"),
+    "a step of 0": (lambda a: a.update(step=0), r"step is 0"),
+}  # fmt: skip
+# A tensor's value is not known while XLA compiles.
+BAD_VALUES = {
+    "an l1 below 0 in a tensor": (lambda a: a.update(l1=tf.constant(-0.1)), r"l1 is -0.1"),
+    "a proximal_l2 below 0 in a vector": (lambda a: a.update(proximal_l2=tf.constant([0, 0, -1.0])), r"proximal_l2 is -1.*var\[2\]"),
+    "a negative lr beside a proximal term": (lambda a: a.update(lr=-1.0, proximal_l1=0.1), r"lr is -1.*must not be negative"),
+    "an uninitialized variable": (lambda a: a["var"].__setitem__(1, uninitialized()), r"var\[1\] is not initialized"),
+    "an uninitialized slot": (lambda a: a["v"].__setitem__(2, uninitialized()), r"v\[2\] is not initialized"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "case"),
+    [(m, c) for m in MODES for c in BAD_CALLS] + [(m, c) for m in ("eager", "graph") for c in BAD_VALUES],
+)
+def test_a_bad_call_is_named_and_changes_nothing(mode, case):
+    spoil, message = (BAD_CALLS | BAD_VALUES)[case]
+    arguments = {name: [tf.Variable(tf.fill([4], 0.5)) for _ in range(3)] for name in ("var", "m", "v")}
+    arguments["grad"] = [tf.ones(4) for _ in range(3)]
+    arguments |= {"lr": 0.1, "step": 1}
+    watched = [v for name in ("var", "m", "v") for v in arguments[name]]
+    spoil(arguments)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError, TypeError), match=message):
+        MODES[mode](lambda: wdops.ops.apply_adam(**arguments))()
+    for variable in watched:
+        assert (variable.numpy() == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"lr": 0.1, "beta1": 0.9}, "beta1"), ({}, "lr"), ({"lr": 0.1, "l3": 1.0}, "l3")],
+)
+def test_an_unknown_or_missing_argument_is_a_type_error(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        wdops.ops.apply_sgd(tf.Variable([1.0]), tf.constant([1.0]), **arguments)
+
+
+@pytest.mark.skipif(not sys.maxsize > 2**32, reason="64-bit sizes need a 64-bit machine")
+def test_more_than_2_to_the_31_bytes():
+    """One variable of 2.1 GiB in bfloat16: byte offsets beyond 32 bits, in the op and in the kernel."""
+    n = 2**30 + 2**27 + 3
+    variable = tf.Variable(tf.zeros(n, tf.bfloat16))
+    wdops.ops.apply_sgd(variable, tf.ones(n, tf.bfloat16), lr=1.0)
+    assert variable[-1].numpy() == -1
+    assert tf.reduce_all(variable == -1)
