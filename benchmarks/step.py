@@ -26,6 +26,8 @@ import tensorflow as tf
 
 import wdops
 
+tf.get_logger().setLevel("ERROR")  # every case is a new tf.function, which it takes for retracing
+
 Shapes = list[tuple[int, ...]]
 Step = Callable[[int], None]  # runs so many steps
 
@@ -72,7 +74,7 @@ def stream_of(shapes: Shapes) -> Step:
 
 
 def loop(step: Callable[[], None], jit: bool) -> Step:
-    """Runs `step` in a loop inside one tf.function, as a training loop does: the price of calling it is not the step's."""
+    """`step` in a loop inside one tf.function: the price of a call from Python is not the step's."""
 
     @tf.function(jit_compile=jit)
     def run(times: tf.Tensor) -> None:

@@ -1,4 +1,5 @@
-// The yardstick of a step: the reads and writes of Adam (read p, g, m, v; write p, m, v) with next to no arithmetic.
+// The yardstick of a step: the reads and writes of Adam (read p, g, m, v; write
+// p, m, v) with next to no arithmetic.
 #include <cstdint>
 #include <thread>
 #include <vector>

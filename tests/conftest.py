@@ -1,5 +1,6 @@
 """What all tests share: the instruction sets as a fixture, random cases of every rule, and the bound of the oracle."""
 
+import inspect
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -13,13 +14,8 @@ from wdops import reference
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
-# Amplified, so that a term that is missing or doubled stands far above rounding.
-OWN_HYPERS = {
-    "sgd": {"lr": 0.1},
-    "momentum": {"lr": 0.1, "momentum": 0.7, "nesterov": True},
-    "adam": {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "epsilon": 1e-3, "step": 3},
-    "amsgrad": {"lr": 0.1, "beta1": 0.6, "beta2": 0.8, "epsilon": 1e-3, "step": 3},
-}
+# By name, for every rule that has it. Amplified, so that a term that is missing or doubled stands far above rounding.
+HYPERS = {"lr": 0.1, "momentum": 0.7, "nesterov": True, "beta1": 0.6, "beta2": 0.8, "epsilon": 1e-3, "step": 3}
 TERMS = {
     "grad_scale": 0.5,
     "clip_scale": 0.7,
@@ -40,6 +36,12 @@ MAX_ROUNDINGS = {"float32": 2.0, "bfloat16": 2.0, "float16": 2.0, "float64": 4.0
 STORAGE = {"float32": 0, "float64": 0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 # The least normal number: what is below counts as 0, or in float16 is a subnormal and stored with this spacing.
 TINY = {"float32": 2.0**-126, "float64": 2.0**-1022, "bfloat16": 2.0**-126, "float16": 2.0**-24}
+
+
+def own_hypers(rule):
+    """The hyperparameters of a rule without those of every step; one that has no name above keeps its default."""
+    parameters = inspect.signature(reference.RULES[rule].update).parameters.values()
+    return {p.name: HYPERS.get(p.name, p.default) for p in parameters if p.kind == p.KEYWORD_ONLY}
 
 
 @pytest.fixture(params=wdops.isa.available())
@@ -94,9 +96,7 @@ def oracle(rule, param, slots, grad, hypers):
             for k, w in enumerate(want):
                 slack[k] = slack[k] + np.maximum(*(np.abs(m[k] - w) for m in moved)) / change
     rounding = MAX_ROUNDINGS[dtype] * half_ulp
-    return want, [
-        rounding * s + STORAGE[dtype] * np.abs(w) + TINY[dtype] for s, w in zip(slack, want, strict=True)
-    ]
+    return want, [rounding * s + STORAGE[dtype] * np.abs(w) + TINY[dtype] for s, w in zip(slack, want, strict=True)]
 
 
 def assert_within(got, want, bound, name):

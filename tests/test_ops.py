@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DTYPES, OWN_HYPERS, TERMS, assert_within, names_of, oracle, random_case
+from conftest import DTYPES, TERMS, assert_within, names_of, oracle, own_hypers, random_case
 
 import wdops
 from wdops import reference
@@ -45,8 +45,10 @@ def to_variables(arrays):
 
 def vector(rule, n):
     """Every hyperparameter of the step as a vector with entries that differ."""
-    hypers = OWN_HYPERS[rule] | TERMS
-    return {name: [value * (1 + 0.1 * i) for i in range(n)] if name in TERMS else value for name, value in hypers.items()}
+    hypers = own_hypers(rule) | TERMS
+    return {
+        name: [value * (1 + 0.1 * i) for i in range(n)] if name in TERMS else value for name, value in hypers.items()
+    }
 
 
 def entry(hypers, i):
@@ -60,7 +62,7 @@ def entry(hypers, i):
 def test_a_list_matches_the_oracle(rule, mode, dtype, per_variable):
     arrays = make(rule, list(DTYPES) if dtype == "mixed" else [dtype])
     n = len(SHAPES)
-    hypers = vector(rule, n) if per_variable else OWN_HYPERS[rule] | TERMS
+    hypers = vector(rule, n) if per_variable else own_hypers(rule) | TERMS
     variables, grads = to_variables(arrays)
     MODES[mode](lambda: apply(rule, variables, grads, **hypers))()
     for i in range(n):
@@ -99,7 +101,7 @@ for rule in reference.RULES:
         for a in arrays[0]:
             a[::7] *= np.asarray(1e-39 if dtype != "float16" else 1e-7, a.dtype)
         variables, grads = to_variables(arrays)
-        for f in (lambda: apply(rule, variables, grads, **OWN_HYPERS[rule], **TERMS),) * 3:
+        for f in (lambda: apply(rule, variables, grads, **own_hypers(rule), **TERMS),) * 3:
             f()
             tf.function(f)()
         for list_ in variables:
@@ -185,7 +187,7 @@ def test_an_empty_list_does_nothing(mode):
 @dtypes
 def test_a_tensor_read_before_the_step_keeps_its_value(mode, dtype):
     arrays = make("adam", [dtype])
-    variables, grads = to_variables(arrays)
+    variables, _ = to_variables(arrays)
 
     def step():
         reads = [[v.read_value() for v in list_] for list_ in variables]
@@ -245,6 +247,15 @@ def uninitialized():
     return variable
 
 
+def replace(name, i, make):
+    """Puts what `make` returns in place of entry i of the argument."""
+
+    def spoil(arguments):
+        arguments[name][i] = make()
+
+    return spoil
+
+
 def _twice(a):
     a["var"][2] = a["var"][0]
 
@@ -256,30 +267,60 @@ def _slot_is_var(a):
 BAD_CALLS = {
     "the same variable twice": (_twice, r"var\[0\] and var\[2\] are the same variable|var\[2\] and var\[0\]"),
     "a variable as a slot": (_slot_is_var, r"(var\[0\] and v\[1\]|v\[1\] and var\[0\]) are the same variable"),
-    "a slot of another shape": (lambda a: a["v"].__setitem__(2, tf.Variable(tf.zeros(5))), r"v\[2\] has shape \[5\], but var\[2\] has shape \[4\]"),
-    "a slot of another rank": (lambda a: a["m"].__setitem__(0, tf.Variable(tf.zeros([4, 1]))), r"m\[0\] has shape \[4,1\], but var\[0\] has shape \[4\]"),
-    "a slot of another dtype": (lambda a: a["m"].__setitem__(2, tf.Variable(tf.zeros(4, tf.float64))), r"m\[2\] has dtype double, but var\[2\] has dtype float"),
-    "a gradient of another shape": (lambda a: a["grad"].__setitem__(1, tf.zeros([2, 2])), r"grad\[1\] has shape \[2,2\], but var\[1\] has shape \[4\]"),
-    "a gradient of another dtype": (lambda a: a["grad"].__setitem__(2, tf.zeros(4, tf.float16)), r"grad\[2\] has dtype half, but var\[2\] has dtype float"),
-    "an integer gradient": (lambda a: a["grad"].__setitem__(2, tf.zeros(4, tf.int32)), r"int32"),
-    "a sparse gradient": (lambda a: a["grad"].__setitem__(1, tf.IndexedSlices(tf.ones(1), tf.constant([0]))), r"grad\[1\] is a tf.IndexedSlices"),
+    "a slot of another shape": (
+        replace("v", 2, lambda: tf.Variable(tf.zeros(5))),
+        r"v\[2\] has shape \[5\], but var\[2\] has shape \[4\]",
+    ),
+    "a slot of another rank": (
+        replace("m", 0, lambda: tf.Variable(tf.zeros([4, 1]))),
+        r"m\[0\] has shape \[4,1\], but var\[0\] has shape \[4\]",
+    ),
+    "a slot of another dtype": (
+        replace("m", 2, lambda: tf.Variable(tf.zeros(4, tf.float64))),
+        r"m\[2\] has dtype double, but var\[2\] has dtype float",
+    ),
+    "a gradient of another shape": (
+        replace("grad", 1, lambda: tf.zeros([2, 2])),
+        r"grad\[1\] has shape \[2,2\], but var\[1\] has shape \[4\]",
+    ),
+    "a gradient of another dtype": (
+        replace("grad", 2, lambda: tf.zeros(4, tf.float16)),
+        r"grad\[2\] has dtype half, but var\[2\] has dtype float",
+    ),
+    "an integer gradient": (
+        replace("grad", 2, lambda: tf.zeros(4, tf.int32)),
+        r"grad\[2\] has dtype int32, but must have",
+    ),
+    "a sparse gradient": (
+        replace("grad", 1, lambda: tf.IndexedSlices(tf.ones(1), tf.constant([0]))),
+        r"grad\[1\] is a tf.IndexedSlices",
+    ),
     "a list that is short": (lambda a: a["m"].pop(), r"m has 2 entries, but var has 3"),
     "a gradient too many": (lambda a: a["grad"].append(tf.zeros(4)), r"grad has 4 entries, but var has 3"),
-    "not a variable": (lambda a: a["var"].__setitem__(1, tf.zeros(4)), r"var\[1\] must be a tf.Variable"),
-    "a vector of another length": (lambda a: a.update(lr=[0.1, 0.2]), r"lr has shape \[2\], but must be a scalar or have one entry for each of the 3"),
+    "not a variable": (replace("var", 1, lambda: tf.zeros(4)), r"var\[1\] must be a tf.Variable"),
+    "a vector of another length": (
+        lambda a: a.update(lr=[0.1, 0.2]),
+        r"lr has shape \[2\], but must be a scalar or have one entry for each of the 3",
+    ),
     "a matrix": (lambda a: a.update(l2=tf.zeros([3, 1])), r"l2 has shape \[3,1\]"),
     "an l1 below 0": (lambda a: a.update(l1=-0.1), r"l1 is -0.1"),
     "a weight_decay that is not a number": (lambda a: a.update(weight_decay=float("nan")), r"weight_decay is nan"),
     "a step of 0": (lambda a: a.update(step=0), r"step is 0"),
-}  # fmt: skip
+}
 # A tensor's value is not known while XLA compiles.
 BAD_VALUES = {
     "an l1 below 0 in a tensor": (lambda a: a.update(l1=tf.constant(-0.1)), r"l1 is -0.1"),
-    "a proximal_l2 below 0 in a vector": (lambda a: a.update(proximal_l2=tf.constant([0, 0, -1.0])), r"proximal_l2 is -1.*var\[2\]"),
-    "a negative lr beside a proximal term": (lambda a: a.update(lr=-1.0, proximal_l1=0.1), r"lr is -1.*must not be negative"),
-    "an uninitialized variable": (lambda a: a["var"].__setitem__(1, uninitialized()), r"var\[1\] is not initialized"),
-    "an uninitialized slot": (lambda a: a["v"].__setitem__(2, uninitialized()), r"v\[2\] is not initialized"),
-}  # fmt: skip
+    "a proximal_l2 below 0 in a vector": (
+        lambda a: a.update(proximal_l2=tf.constant([0, 0, -1.0])),
+        r"proximal_l2 is -1.*var\[2\]",
+    ),
+    "a negative lr beside a proximal term": (
+        lambda a: a.update(lr=-1.0, proximal_l1=0.1),
+        r"lr is -1.*must not be negative",
+    ),
+    "an uninitialized variable": (replace("var", 1, lambda: uninitialized()), r"var\[1\] is not initialized"),
+    "an uninitialized slot": (replace("v", 2, lambda: uninitialized()), r"v\[2\] is not initialized"),
+}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +334,7 @@ def test_a_bad_call_is_named_and_changes_nothing(mode, case):
     arguments |= {"lr": 0.1, "step": 1}
     watched = [v for name in ("var", "m", "v") for v in arguments[name]]
     spoil(arguments)
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError, TypeError), match=message):
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=message):
         MODES[mode](lambda: wdops.ops.apply_adam(**arguments))()
     for variable in watched:
         assert (variable.numpy() == 0.5).all()

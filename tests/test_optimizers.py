@@ -136,7 +136,9 @@ def test_what_stands_around_the_step_is_that_of_keras(around, mode):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", ["SGD, momentum", "AdamW"])
 def test_16_bit_variables_follow_the_float64_ones_no_worse_than_keras(case, dtype):
-    truth = train(optimizer(keras.optimizers, case, epsilon=1e-3) if "Adam" in case else optimizer(keras.optimizers, case))
+    truth = train(
+        optimizer(keras.optimizers, case, epsilon=1e-3) if "Adam" in case else optimizer(keras.optimizers, case)
+    )
     errors = []
     for module in (wdops.optimizers, keras.optimizers):
         opt = optimizer(module, case, epsilon=1e-3) if "Adam" in case else optimizer(module, case)

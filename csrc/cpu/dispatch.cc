@@ -1,4 +1,5 @@
-// Finds the libraries of cpu/sweep.cc beside this one and opens the one that is asked for.
+// Finds the libraries of cpu/sweep.cc beside this one and opens the one that is
+// asked for.
 #include "cpu/dispatch.h"
 
 #include <dlfcn.h>
@@ -14,7 +15,8 @@ struct Isa {
   bool (*supported)();
 };
 
-// Best first. __builtin_cpu_supports also asks whether the operating system saves the registers.
+// Best first. __builtin_cpu_supports also asks whether the operating system
+// saves the registers.
 constexpr Isa kIsas[] = {
 #ifdef __x86_64__
     {"avx512",
@@ -61,9 +63,9 @@ void UseIsa(const std::string& name) {
   bool known = false;
   for (const std::string& isa : available) known |= isa == name;
   if (!known) {
-    throw std::invalid_argument("instruction set '" + name +
-                                "' is not one that this processor runs: " +
-                                Join(available));
+    throw std::invalid_argument(
+        "instruction set '" + name +
+        "' is not one that this processor runs: " + Join(available));
   }
   const std::string path = Folder() + "libwdops_cpu_" + name + ".so";
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

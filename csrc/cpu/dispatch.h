@@ -13,8 +13,8 @@ namespace wdops::cpu {
 // Best first; never empty where the package is whole.
 WDOPS_PUBLIC std::vector<std::string> AvailableIsas();
 
-// Makes `isa` the one in use, in every thread from its next sweep on. Throws std::invalid_argument if it is not
-// available, and then changes nothing.
+// Makes `isa` the one in use, in every thread from its next sweep on. Throws
+// std::invalid_argument if it is not available, and then changes nothing.
 WDOPS_PUBLIC void UseIsa(const std::string& isa);
 
 // The kernels in use; null before the first UseIsa.

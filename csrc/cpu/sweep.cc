@@ -1,5 +1,6 @@
-// The loop over a CPU's memory. Compiled once per instruction set, which the flags of the target and WDOPS_ISA name;
-// nothing that is compiled here is visible to another library but wdops_cpu_kernels.
+// The loop over a CPU's memory. Compiled once per instruction set, which the
+// flags of the target and WDOPS_ISA name; nothing that is compiled here is
+// visible to another library but wdops_cpu_kernels.
 #include "cpu/sweep.h"
 
 #ifdef __SSE2__
@@ -9,9 +10,11 @@
 namespace wdops::cpu {
 namespace {
 
-// For its lifetime: round to nearest, flush subnormals to zero, as TensorFlow's pool threads do. The calling thread is
-// not one of them, so without this the same step would give other bits on another thread; and slots that decay
-// towards zero would stay subnormal for ever, at a hundred times the cost of an element.
+// For its lifetime: round to nearest, flush subnormals to zero, as TensorFlow's
+// pool threads do. The calling thread is not one of them, so without this the
+// same step would give other bits on another thread; and slots that decay
+// towards zero would stay subnormal for ever, at a hundred times the cost of an
+// element.
 class FloatMode {
  public:
 #if defined(__SSE2__)
@@ -69,6 +72,4 @@ constexpr Kernels kKernels = {WDOPS_ISA,
 }  // namespace
 }  // namespace wdops::cpu
 
-const wdops::cpu::Kernels* wdops_cpu_kernels() {
-  return &wdops::cpu::kKernels;
-}
+const wdops::cpu::Kernels* wdops_cpu_kernels() { return &wdops::cpu::kKernels; }

@@ -1,5 +1,8 @@
-// The loop over a GPU's memory: the same rules as cpu/sweep.cc, one thread an element. No TensorFlow here.
+// The loop over a GPU's memory: the same rules as cpu/sweep.cc, one thread an
+// element. No TensorFlow here.
 #include <cuda_runtime.h>
+
+#include <algorithm>
 
 #include "rules/table.h"
 
@@ -43,9 +46,8 @@ int Launch(const void* step, int64_t n, void* param, const void* grad,
   if (n == 0) return cudaSuccess;
   SlotPointers<kSlots> pointers;
   for (int k = 0; k < kSlots; ++k) pointers.slot[k] = slots[k];
-  const int64_t blocks = (n + kThreads - 1) / kThreads;
-  SweepKernel<Rule, T><<<blocks < kMaxBlocks ? blocks : kMaxBlocks, kThreads,
-                         0, stream>>>(
+  const int64_t blocks = std::min((n + kThreads - 1) / kThreads, kMaxBlocks);
+  SweepKernel<Rule, T><<<blocks, kThreads, 0, stream>>>(
       *static_cast<const Step<Rule, Compute<T>>*>(step), n,
       static_cast<T*>(param), static_cast<const T*>(grad), pointers);
   return cudaGetLastError();
@@ -68,8 +70,9 @@ constexpr std::array<LaunchFunction, kDTypeCount> kTable[] = {
 }  // namespace
 }  // namespace wdops::cuda
 
-// Steps `n` elements of one variable in the card's memory, as cpu::Sweep does on the host; returns a cudaError_t.
-// `rule` and `dtype` count as in rules.inc and dtypes.inc; `step` is read on the host.
+// Steps `n` elements of one variable in the card's memory, as cpu::Sweep does
+// on the host; returns a cudaError_t. `rule` and `dtype` count as in rules.inc
+// and dtypes.inc; `step` is read on the host.
 extern "C" __attribute__((visibility("default"))) int wdops_cuda_sweep(
     int rule, int dtype, const void* step, int64_t n, void* param,
     const void* grad, void* const* slots, cudaStream_t stream) {

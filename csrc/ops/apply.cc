@@ -1,4 +1,5 @@
-// The op of every rule: updates a list of variables in one parallel sweep, all or nothing.
+// The op of every rule: updates a list of variables in one parallel sweep, all
+// or nothing.
 #include "ops/apply.h"
 
 #include <algorithm>
@@ -28,12 +29,14 @@ using tensorflow::Var;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-// Elements of one variable that a thread sweeps at a time: 28 bytes each for Adam in f32 make half of a usual L2.
+// Elements of one variable that a thread sweeps at a time: 28 bytes each for
+// Adam in f32 make half of a usual L2.
 constexpr int64_t kChunk = 16384;
 
 int64_t Chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
-// One variable of a step: its buffers, and its place in the table of chunks of all variables.
+// One variable of a step: its buffers, and its place in the table of chunks of
+// all variables.
 struct Target {
   cpu::Sweep sweep;
   const AnyStep* step;
@@ -41,8 +44,9 @@ struct Target {
   int64_t first_chunk;
   int element_bytes;
   const void* grad;
-  // The variable, then the slots. `source` differs from `to` where a tensor that was read from the variable still
-  // needs the old buffer: then every chunk is copied just before it is swept.
+  // The variable, then the slots. `source` differs from `to` where a tensor
+  // that was read from the variable still needs the old buffer: then every
+  // chunk is copied just before it is swept.
   struct {
     const void* source;
     void* to;
@@ -52,8 +56,8 @@ struct Target {
 template <class Byte>
 Byte* Advance(Byte* base, int64_t bytes) {
   return reinterpret_cast<Byte*>(
-      reinterpret_cast<std::conditional_t<std::is_const_v<Byte>, const char,
-                                          char>*>(base) +
+      reinterpret_cast<
+          std::conditional_t<std::is_const_v<Byte>, const char, char>*>(base) +
       bytes);
 }
 
@@ -98,16 +102,18 @@ class ApplyOp : public tensorflow::OpKernel {
       return absl::FailedPreconditionError(
           "no instruction set is in use: import wdops before the op runs");
     }
-    TF_RETURN_IF_ERROR(CheckHypers(
-        inputs, hypers_, [&](int input) -> const TensorShape& {
+    TF_RETURN_IF_ERROR(
+        CheckHypers(inputs, hypers_, [&](int input) -> const TensorShape& {
           return ctx->input(input).shape();
         }));
-    // Where every hyperparameter is a scalar there is one step for each dtype, else one for each variable.
+    // Where every hyperparameter is a scalar there is one step for each dtype,
+    // else one for each variable.
     const bool scalars = AllScalars(ctx, inputs);
     std::vector<AnyStep> steps(scalars ? kDTypeCount : inputs.n);
     TF_RETURN_IF_ERROR(MakeSteps(ctx, inputs, scalars, &steps));
 
-    // Declared before the locks, so that no variable is destroyed while its lock is held.
+    // Declared before the locks, so that no variable is destroyed while its
+    // lock is held.
     std::vector<tensorflow::core::RefCountPtr<Var>> vars(inputs.Resources());
     std::vector<tensorflow::mutex_lock> locks;
     TF_RETURN_IF_ERROR(LockVariables(ctx, inputs, &vars, &locks));
@@ -145,14 +151,15 @@ class ApplyOp : public tensorflow::OpKernel {
     }
     if (chunks == 0) return absl::OkStatus();
 
-    // A core moves about 8 bytes a cycle; the pool decides by this figure whether waking a thread pays.
+    // A core moves about 8 bytes a cycle; the pool decides by this figure
+    // whether waking a thread pays.
     const int64_t cycles_per_chunk = std::max<int64_t>(1, bytes / chunks / 8);
     using tensorflow::thread::ThreadPool;
     ctx->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(
-        chunks,
-        ThreadPool::SchedulingParams::Adaptive(cycles_per_chunk),
+        chunks, ThreadPool::SchedulingParams::Adaptive(cycles_per_chunk),
         [&](int64_t chunk, int64_t end) {
-          // The last one that starts at or before the chunk: empty variables share their start with the next.
+          // The last one that starts at or before the chunk: empty variables
+          // share their start with the next.
           auto target = std::upper_bound(targets.begin(), targets.end(), chunk,
                                          [](int64_t c, const Target& t) {
                                            return c < t.first_chunk;
@@ -192,8 +199,8 @@ class ApplyOp : public tensorflow::OpKernel {
     return absl::OkStatus();
   }
 
-  // In the order of the mutexes' addresses, as every op of TensorFlow does; otherwise two ops could wait for each
-  // other.
+  // In the order of the mutexes' addresses, as every op of TensorFlow does;
+  // otherwise two ops could wait for each other.
   absl::Status LockVariables(
       OpKernelContext* ctx, const ApplyInputs& inputs,
       std::vector<tensorflow::core::RefCountPtr<Var>>* vars,
@@ -227,8 +234,9 @@ class ApplyOp : public tensorflow::OpKernel {
         absl::StrCat(inputs.Name(input), " is not initialized"));
   }
 
-  // Gives a new buffer to every variable whose buffer a tensor shares that was read from it, and the old one to
-  // `sources`. All allocations come before the first change.
+  // Gives a new buffer to every variable whose buffer a tensor shares that was
+  // read from it, and the old one to `sources`. All allocations come before the
+  // first change.
   absl::Status CopyOnWrite(
       OpKernelContext* ctx,
       const std::vector<tensorflow::core::RefCountPtr<Var>>& vars,
@@ -241,8 +249,8 @@ class ApplyOp : public tensorflow::OpKernel {
       attributes.set_gpu_compatible(true);
       attributes.set_nic_compatible(true);
       fresh.emplace_back(input, Tensor());
-      TF_RETURN_IF_ERROR(ctx->allocate_temp(
-          value.dtype(), value.shape(), &fresh.back().second, attributes));
+      TF_RETURN_IF_ERROR(ctx->allocate_temp(value.dtype(), value.shape(),
+                                            &fresh.back().second, attributes));
     }
     for (auto& [input, value] : fresh) {
       (*sources)[input] = *vars[input]->tensor();
@@ -298,8 +306,8 @@ const bool registered = [] {
   return true;
 }();
 
-#define RULE(name, Class)                                               \
-  REGISTER_KERNEL_BUILDER(                                              \
+#define RULE(name, Class)  \
+  REGISTER_KERNEL_BUILDER( \
       Name("Wdops>Apply" #Class).Device(tensorflow::DEVICE_CPU), ApplyOp);
 #include "rules/rules.inc"
 

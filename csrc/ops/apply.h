@@ -1,4 +1,5 @@
-// The inputs of the op of a rule, and the checks that its CPU kernel, its shape function and its XLA lowering share.
+// The inputs of the op of a rule, and the checks that its CPU kernel, its shape
+// function and its XLA lowering share.
 #pragma once
 
 #include <string>
@@ -33,7 +34,8 @@ inline DType FromTensorFlow(tensorflow::DataType dtype) {
   }
 }
 
-// Where each input of the op stands: n variables, n of each slot, n gradients, the hyperparameters.
+// Where each input of the op stands: n variables, n of each slot, n gradients,
+// the hyperparameters.
 struct ApplyInputs {
   const RuleInfo& rule;
   int n;
@@ -63,14 +65,16 @@ inline bool Agree(const tensorflow::PartialTensorShape& a,
   return a.IsCompatibleWith(b);
 }
 
-// Dtype and shape of a tensor, or of the value of a variable. DT_INVALID: not known yet.
+// Dtype and shape of a tensor, or of the value of a variable. DT_INVALID: not
+// known yet.
 template <class Shape>
 struct Spec {
   tensorflow::DataType dtype;
   Shape shape;
 };
 
-// Whether the gradient and the slots of every variable have its dtype and shape. `spec_of(input)` is a Spec.
+// Whether the gradient and the slots of every variable have its dtype and
+// shape. `spec_of(input)` is a Spec.
 template <class SpecOf>
 absl::Status CheckTensors(const ApplyInputs& inputs, const SpecOf& spec_of) {
   for (int i = 0; i < inputs.n; ++i) {
@@ -82,9 +86,8 @@ absl::Status CheckTensors(const ApplyInputs& inputs, const SpecOf& spec_of) {
           var.dtype != tensorflow::DT_INVALID) {
         return absl::InvalidArgumentError(absl::StrCat(
             inputs.Name(input), " has dtype ",
-            tensorflow::DataTypeString(other.dtype), ", but ",
-            inputs.Name(i), " has dtype ",
-            tensorflow::DataTypeString(var.dtype)));
+            tensorflow::DataTypeString(other.dtype), ", but ", inputs.Name(i),
+            " has dtype ", tensorflow::DataTypeString(var.dtype)));
       }
       if (!Agree(other.shape, var.shape)) {
         return absl::InvalidArgumentError(absl::StrCat(
@@ -96,7 +99,8 @@ absl::Status CheckTensors(const ApplyInputs& inputs, const SpecOf& spec_of) {
   return absl::OkStatus();
 }
 
-// Whether every hyperparameter is a scalar or has one entry per variable. `shape_of(input)` is a TensorShape.
+// Whether every hyperparameter is a scalar or has one entry per variable.
+// `shape_of(input)` is a TensorShape.
 template <class ShapeOf>
 absl::Status CheckHypers(const ApplyInputs& inputs,
                          const std::vector<std::string>& names,
@@ -107,8 +111,8 @@ absl::Status CheckHypers(const ApplyInputs& inputs,
     if (shape.dims() != 1 || shape.dim_size(0) != inputs.n) {
       return absl::InvalidArgumentError(absl::StrCat(
           names[j], " has shape ", shape.DebugString(),
-          ", but must be a scalar or have one entry for each of the ",
-          inputs.n, " variables"));
+          ", but must be a scalar or have one entry for each of the ", inputs.n,
+          " variables"));
     }
   }
   return absl::OkStatus();

@@ -1,4 +1,5 @@
-// wdops._native: the tables, the choice of an instruction set, and the kernels on NumPy arrays.
+// wdops._native: the tables, the choice of an instruction set, and the kernels
+// on NumPy arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -91,8 +92,7 @@ void Apply(const std::string& rule_name, const py::array& param,
 
   AnyStep step;
   rule->make_step[dtype](hyper.data(), &step);
-  const cpu::Sweep sweep =
-      cpu::ActiveKernels()->sweep[rule - kRules][dtype];
+  const cpu::Sweep sweep = cpu::ActiveKernels()->sweep[rule - kRules][dtype];
   py::gil_scoped_release release;
   sweep(&step, n, param_data, grad_data, slot_data.data());
 }

@@ -1,5 +1,6 @@
-// Adam (Kingma and Ba, arXiv:1412.6980), in the form before section 2.1 of the paper that TensorFlow and Keras use:
-// epsilon stands beside the root of v before its bias is corrected. AMSGrad: Reddi et al., arXiv:1904.09237.
+// Adam (Kingma and Ba, arXiv:1412.6980), in the form before section 2.1 of the
+// paper that TensorFlow and Keras use: epsilon stands beside the root of v
+// before its bias is corrected. AMSGrad: Reddi et al., arXiv:1904.09237.
 #pragma once
 
 #include "rules/rule.h"
@@ -12,7 +13,8 @@ struct Adam {
   static constexpr Names kHypers = {"beta1", "beta2", "epsilon", "step"};
   S step_size, one_minus_beta1, one_minus_beta2, epsilon;
 
-  // `step` counts from 1. 1 - beta is made in double: in float it is off by 1e-5 for beta2 = 0.999.
+  // `step` counts from 1. 1 - beta is made in double: in float it is off by
+  // 1e-5 for beta2 = 0.999.
   template <class D>
   Adam(const D& lr, const D* hyper)
       : step_size(lr * Sqrt(1 - Pow(hyper[1], hyper[3])) /

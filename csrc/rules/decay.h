@@ -1,12 +1,14 @@
-// L1 and L2 decay of one element: the penalty's gradient, decoupled decay (Loshchilov and Hutter, arXiv:1711.05101)
-// and the proximal step of the elastic net (Parikh and Boyd, Proximal Algorithms, 2014, section 6.5).
+// L1 and L2 decay of one element: the penalty's gradient, decoupled decay
+// (Loshchilov and Hutter, arXiv:1711.05101) and the proximal step of the
+// elastic net (Parikh and Boyd, Proximal Algorithms, 2014, section 6.5).
 #pragma once
 
 #include "rules/number.h"
 
 namespace wdops {
 
-// `coefficient * x`, and 0 for a coefficient of 0 also where x is infinite: a term that is off makes no NaN.
+// `coefficient * x`, and 0 for a coefficient of 0 also where x is infinite: a
+// term that is off makes no NaN.
 template <class S, class V>
 WDOPS_FN V Term(S coefficient, V x) {
   return Select(coefficient == 0, Like(x, 0), coefficient * x);
@@ -18,7 +20,8 @@ WDOPS_FN V Sign(V x) {
   return Select(x > 0, Like(x, 1), Select(x < 0, Like(x, -1), x));
 }
 
-// sign(x) * max(|x| - threshold, 0), written so that |x| <= threshold gives an exact 0 and NaN propagates.
+// sign(x) * max(|x| - threshold, 0), written so that |x| <= threshold gives an
+// exact 0 and NaN propagates.
 template <class S, class V>
 WDOPS_FN V SoftThreshold(V x, S threshold) {
   return x - Select(x > threshold, threshold,

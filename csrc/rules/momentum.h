@@ -1,6 +1,8 @@
-// Gradient descent with momentum (Polyak, 1964), or Nesterov's in the form of Sutskever et al. (ICML 2013).
+// Gradient descent with momentum (Polyak, 1964), or Nesterov's in the form of
+// Sutskever et al. (ICML 2013).
 //
-// As in Keras, lr is inside the slot: m' = momentum*m - lr*grad, so a change of lr acts on new gradients only.
+// As in Keras, lr is inside the slot: m' = momentum*m - lr*grad, so a change of
+// lr acts on new gradients only.
 #pragma once
 
 #include "rules/rule.h"

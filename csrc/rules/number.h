@@ -1,7 +1,9 @@
-// The numbers of a sweep: the 16-bit storage types, and the few operations that a rule is written with.
+// The numbers of a sweep: the 16-bit storage types, and the few operations that
+// a rule is written with.
 //
-// A rule never branches on a value: it calls Select, so that the same source is a vector loop on a CPU, a CUDA
-// thread's body, and an HLO expression (xla/hlo.h overloads what stands here for xla::XlaOp).
+// A rule never branches on a value: it calls Select, so that the same source is
+// a vector loop on a CPU, a CUDA thread's body, and an HLO expression
+// (xla/hlo.h overloads what stands here for xla::XlaOp).
 #pragma once
 
 #include <cmath>
@@ -63,8 +65,9 @@ WDOPS_FN float Load(bfloat16 x) {
   return BitCast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 
-// Integer arithmetic instead of a conversion instruction: every instruction set gives the same bits, and the loop
-// around it is vectorized on each. A subnormal half is made by a subtraction of normal floats, because the sweep
+// Integer arithmetic instead of a conversion instruction: every instruction set
+// gives the same bits, and the loop around it is vectorized on each. A
+// subnormal half is made by a subtraction of normal floats, because the sweep
 // runs with subnormal floats flushed to zero.
 WDOPS_FN float Load(float16 x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
@@ -95,13 +98,14 @@ WDOPS_FN void Store(float value, bfloat16* to) {
 WDOPS_FN void Store(float value, float16* to) {
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffff;
-  // Adding 1/2 moves a magnitude below 2^-14 to where one unit in the last place is 2^-24, the least half.
+  // Adding 1/2 moves a magnitude below 2^-14 to where one unit in the last
+  // place is 2^-24, the least half.
   const uint32_t subnormal =
       BitCast<uint32_t>(BitCast<float>(magnitude) + 0.5f) - 0x3f000000;
   const uint32_t normal =
       (magnitude - 0x38000000 + 0x0fff + (magnitude >> 13 & 1)) >> 13;
   const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-  const uint32_t half = magnitude >= 0x47800000   ? special
+  const uint32_t half = magnitude >= 0x47800000  ? special
                         : magnitude < 0x38800000 ? subnormal
                                                  : normal;
   to->bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000));

@@ -1,9 +1,13 @@
-// What the file of a rule needs: numbers, and the names of its slots and hyperparameters.
+// What the file of a rule needs: numbers, and the names of its slots and
+// hyperparameters.
 //
-// A rule is a class template over S, the type that its constants are kept in (float or double, or an HLO scalar):
-//   kSlots, kHypers   names, in the order in which operator() and the constructor take them;
-//   Rule(lr, hyper)   makes the step's constants from hyperparameters of type D (double, or an f64 HLO scalar);
-//   operator()        takes one gradient element, updates the slots' elements, and returns what to subtract from
+// A rule is a class template over S, the type that its constants are kept in
+// (float or double, or an HLO scalar):
+//   kSlots, kHypers   names, in the order in which operator() and the
+//   constructor take them; Rule(lr, hyper)   makes the step's constants from
+//   hyperparameters of type D (double, or an f64 HLO scalar); operator() takes
+//   one gradient element, updates the slots' elements, and returns what to
+//   subtract from
 //                     the parameter.
 #pragma once
 

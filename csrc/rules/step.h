@@ -1,4 +1,5 @@
-// One element's step, in the order of Keras: scale, penalty, clip, decay, rule, proximal. It stands once, here.
+// One element's step, in the order of Keras: scale, penalty, clip, decay, rule,
+// proximal. It stands once, here.
 #pragma once
 
 #include "rules/decay.h"
@@ -11,7 +12,8 @@ inline constexpr Names kStepHypers = {
     "lr", "grad_scale",   "clip_scale",  "l1",
     "l2", "weight_decay", "proximal_l1", "proximal_l2"};
 
-// `l1` and `l2` are the coefficients of l1*sum|p| + l2*sum(p^2), and `weight_decay` is times lr, as in Keras.
+// `l1` and `l2` are the coefficients of l1*sum|p| + l2*sum(p^2), and
+// `weight_decay` is times lr, as in Keras.
 template <template <class> class Rule, class S>
 struct Step {
   static constexpr int kSlots = Rule<S>::kSlots.size;

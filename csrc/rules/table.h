@@ -1,4 +1,5 @@
-// The tables of rules and dtypes as values: what a caller that meets them by name at run time looks up.
+// The tables of rules and dtypes as values: what a caller that meets them by
+// name at run time looks up.
 #pragma once
 
 #include <array>
@@ -40,7 +41,8 @@ struct RuleInfo {
   const char* name;
   const char* op;  // of TensorFlow
   Names slots, hypers;
-  // Makes the constants of a step, per dtype, from kStepHypers and `hypers` in one array.
+  // Makes the constants of a step, per dtype, from kStepHypers and `hypers` in
+  // one array.
   std::array<void (*)(const double* hyper, AnyStep* step), kDTypeCount>
       make_step;
 };
@@ -53,7 +55,11 @@ void MakeStep(const double* hyper, AnyStep* step) {
 
 template <template <class> class Rule>
 constexpr RuleInfo MakeRuleInfo(const char* name, const char* op) {
-  return {name, op, Rule<float>::kSlots, Rule<float>::kHypers, {
+  return {name,
+          op,
+          Rule<float>::kSlots,
+          Rule<float>::kHypers,
+          {
 #define DTYPE(name, Type) &MakeStep<Rule, Compute<Type>>,
 #include "rules/dtypes.inc"
           }};
@@ -70,9 +76,9 @@ struct Minimum {
   const char* hyper;
   double value;
 };
-inline constexpr Minimum kMinima[] = {
-    {"l1", 0},          {"l2", 0},          {"weight_decay", 0},
-    {"proximal_l1", 0}, {"proximal_l2", 0}, {"step", 1}};
+inline constexpr Minimum kMinima[] = {{"l1", 0},           {"l2", 0},
+                                      {"weight_decay", 0}, {"proximal_l1", 0},
+                                      {"proximal_l2", 0},  {"step", 1}};
 
 // All hyperparameters of a rule, in the order of make_step's array.
 inline std::vector<std::string> HyperNames(const RuleInfo& rule) {

@@ -1,4 +1,5 @@
-// The op of every rule under jit_compile=True: the functors of rules/ build the HLO, and XLA fuses it.
+// The op of every rule under jit_compile=True: the functors of rules/ build the
+// HLO, and XLA fuses it.
 #include "ops/apply.h"
 
 #include <algorithm>
@@ -34,16 +35,16 @@ class ApplyXla : public tensorflow::XlaOpKernel {
  private:
   absl::Status Apply(XlaOpKernelContext* ctx) {
     const ApplyInputs inputs{rule_, static_cast<int>(dtypes_.size())};
-    TF_RETURN_IF_ERROR(CheckHypers(inputs, hypers_, [&](int input) {
-      return ctx->InputShape(input);
-    }));
+    TF_RETURN_IF_ERROR(CheckHypers(
+        inputs, hypers_, [&](int input) { return ctx->InputShape(input); }));
     TF_RETURN_IF_ERROR(CheckVariables(ctx, inputs));
 
     bool scalars = true;
     for (size_t j = 0; j < hypers_.size(); ++j) {
       scalars &= ctx->InputShape(inputs.Hyper(j)).dims() == 0;
     }
-    // Where every hyperparameter is a scalar, all variables share one set of constants, which keeps the HLO small.
+    // Where every hyperparameter is a scalar, all variables share one set of
+    // constants, which keeps the HLO small.
     std::optional<Step<Rule, Hlo<float>>> step32;
     std::optional<Step<Rule, Hlo<double>>> step64;
     for (int i = 0; i < inputs.n; ++i) {
@@ -101,8 +102,8 @@ class ApplyXla : public tensorflow::XlaOpKernel {
   }
 
   template <class S>
-  absl::Status Update(XlaOpKernelContext* ctx, const ApplyInputs& inputs,
-                      int i, const Step<Rule, Hlo<S>>& step) const {
+  absl::Status Update(XlaOpKernelContext* ctx, const ApplyInputs& inputs, int i,
+                      const Step<Rule, Hlo<S>>& step) const {
     const auto compute = xla::primitive_util::NativeToPrimitiveType<S>();
     Hlo<S> values[1 + Step<Rule, float>::kSlots];
     for (int k = 0; k <= rule_.slots.size; ++k) {
@@ -118,9 +119,9 @@ class ApplyXla : public tensorflow::XlaOpKernel {
     TF_RETURN_IF_ERROR(
         tensorflow::DataTypeToPrimitiveType(dtypes_[i], &storage));
     for (int k = 0; k <= rule_.slots.size; ++k) {
-      TF_RETURN_IF_ERROR(ctx->AssignVariable(
-          k * inputs.n + i, dtypes_[i],
-          xla::ConvertElementType(values[k].op, storage)));
+      TF_RETURN_IF_ERROR(
+          ctx->AssignVariable(k * inputs.n + i, dtypes_[i],
+                              xla::ConvertElementType(values[k].op, storage)));
     }
     return absl::OkStatus();
   }

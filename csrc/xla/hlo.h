@@ -1,4 +1,5 @@
-// The numbers of rules/number.h as HLO: with Hlo<float> in the place of float, a rule is an expression that XLA compiles.
+// The numbers of rules/number.h as HLO: with Hlo<float> in the place of float,
+// a rule is an expression that XLA compiles.
 #pragma once
 
 #include "rules/number.h"
@@ -8,7 +9,8 @@
 
 namespace wdops {
 
-// An XlaOp with elements of type T, a scalar or of a variable's shape. A scalar meets a shape by broadcasting.
+// An XlaOp with elements of type T, a scalar or of a variable's shape. A scalar
+// meets a shape by broadcasting.
 template <class T>
 struct Hlo {
   xla::XlaOp op;

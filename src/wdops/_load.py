@@ -1,4 +1,4 @@
-"""Checks that this TensorFlow is the one that wdops was built for, and loads its libraries in the order that it needs."""
+"""Checks that this TensorFlow is the one that wdops was built for, and loads the libraries in the order it needs."""
 
 import os
 from pathlib import Path

@@ -12,6 +12,8 @@ import tensorflow as tf
 from wdops import reference
 from wdops._load import native, raw_ops
 
+_DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
+
 
 def _handles(name: str, variables: Any) -> list[tf.Tensor]:
     handles = []
@@ -22,6 +24,15 @@ def _handles(name: str, variables: Any) -> list[tf.Tensor]:
             raise ValueError(f"{name}[{i}] must be a tf.Variable or a keras.Variable, but is {type(variable)}")
         handles.append(variable.handle)
     return handles
+
+
+def _gradient(i: int, grad: Any) -> tf.Tensor:
+    if isinstance(grad, tf.IndexedSlices):
+        raise ValueError(f"grad[{i}] is a tf.IndexedSlices, but must be dense: tf.convert_to_tensor makes it so")
+    grad = tf.convert_to_tensor(grad)
+    if grad.dtype not in _DTYPES:
+        raise ValueError(f"grad[{i}] has dtype {grad.dtype.name}, but must have one of {[d.name for d in _DTYPES]}")
+    return grad
 
 
 def _hyper(name: str, value: Any) -> tf.Tensor:
@@ -46,11 +57,8 @@ def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[
                 raise ValueError(f"{name} has {len(values)} entries, but var has {n}")
         if n == 0:
             return
-        for i, grad in enumerate(grads):
-            if isinstance(grad, tf.IndexedSlices):
-                raise ValueError(f"grad[{i}] is a tf.IndexedSlices, but must be dense: tf.convert_to_tensor makes it so")
+        grads = [_gradient(i, grad) for i, grad in enumerate(grads)]
         hypers = {name: _hyper(name, arguments[name]) for name in hyper_names}
-        grads = [tf.convert_to_tensor(g) for g in grads]
         op(**targets, grad=grads, **hypers, name=arguments["name"])
 
     return reference.document(apply, rule)

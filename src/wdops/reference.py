@@ -75,9 +75,7 @@ class Rule:
         """That of `apply_<rule>`: var, slots, grad, then the hyperparameters by keyword."""
         own = [p for p in inspect.signature(self.update).parameters.values() if p.kind == p.KEYWORD_ONLY]
         step = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in STEP_DEFAULTS.items()]
-        tensors = [
-            inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("var", *self.slots, "grad")
-        ]
+        tensors = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("var", *self.slots, "grad")]
         name = inspect.Parameter("name", inspect.Parameter.KEYWORD_ONLY, default=None)
         return inspect.Signature([*tensors, *own, *step, name])
 
