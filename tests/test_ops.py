@@ -172,6 +172,23 @@ def test_a_hyperparameter_is_read_when_the_op_runs(mode):
     assert len(traces) == (2 if mode == "eager" else 1)
 
 
+def test_the_coefficients_are_those_that_the_readme_gives_for_tensorflow():
+    p0, l1, l2, lr = np.linspace(-2, 2, 41).astype(np.float32), 0.3, 0.2, 0.25
+    plain, penalized, proximal = (tf.Variable(p0) for _ in range(3))
+    with tf.GradientTape() as tape:
+        loss = l1 * tf.reduce_sum(tf.abs(plain)) + 2 * l2 * tf.nn.l2_loss(plain)
+    plain.assign_sub(lr * tape.gradient(loss, plain))
+    wdops.ops.apply_sgd(penalized, tf.zeros(41), lr=lr, l1=l1, l2=l2)
+    np.testing.assert_allclose(penalized.numpy(), plain.numpy(), rtol=1e-6)
+
+    grad = tf.constant(p0[::-1] / 3)
+    want = tf.Variable(p0)
+    tf.raw_ops.ResourceApplyProximalGradientDescent(var=want.handle, alpha=lr, l1=l1, l2=2 * l2, delta=grad)
+    wdops.ops.apply_sgd(proximal, grad, lr=lr, proximal_l1=l1, proximal_l2=l2)
+    np.testing.assert_allclose(proximal.numpy(), want.numpy(), rtol=1e-6, atol=1e-7)
+    assert (proximal.numpy() == 0).any()
+
+
 def test_a_list_is_one_op():
     variables, grads = to_variables(make("adam", ["float32", "bfloat16"]))
     graph = tf.function(lambda: apply("adam", variables, grads, lr=0.1, step=1)).get_concrete_function().graph
