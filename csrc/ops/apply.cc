@@ -3,6 +3,7 @@
 #include "ops/apply.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 
@@ -43,23 +44,17 @@ struct Target {
   int64_t n;  // elements
   int64_t first_chunk;
   int element_bytes;
-  const void* grad;
+  const char* grad;
   // The variable, then the slots. `source` differs from `to` where a tensor
   // that was read from the variable still needs the old buffer: then every
   // chunk is copied just before it is swept.
   struct {
-    const void* source;
-    void* to;
+    const char* source;
+    char* to;
   } buffer[1 + std::size(Names({}).name)];
 };
 
-template <class Byte>
-Byte* Advance(Byte* base, int64_t bytes) {
-  return reinterpret_cast<Byte*>(
-      reinterpret_cast<
-          std::conditional_t<std::is_const_v<Byte>, const char, char>*>(base) +
-      bytes);
-}
+char* Data(const Tensor& tensor) { return static_cast<char*>(tensor.data()); }
 
 void SweepChunk(const Target& target, int slots, int64_t chunk) {
   const int64_t begin = (chunk - target.first_chunk) * kChunk;
@@ -68,12 +63,12 @@ void SweepChunk(const Target& target, int slots, int64_t chunk) {
   void* to[std::size(target.buffer)];
   for (int k = 0; k <= slots; ++k) {
     const auto& buffer = target.buffer[k];
-    to[k] = Advance(buffer.to, offset);
+    to[k] = buffer.to + offset;
     if (buffer.source != buffer.to) {
-      memcpy(to[k], Advance(buffer.source, offset), n * target.element_bytes);
+      memcpy(to[k], buffer.source + offset, n * target.element_bytes);
     }
   }
-  target.sweep(target.step, n, to[0], Advance(target.grad, offset), to + 1);
+  target.sweep(target.step, n, to[0], target.grad + offset, to + 1);
 }
 
 class ApplyOp : public tensorflow::OpKernel {
@@ -138,38 +133,44 @@ class ApplyOp : public tensorflow::OpKernel {
       target.n = ctx->input(inputs.Grad(i)).NumElements();
       target.first_chunk = chunks;
       target.element_bytes = kDTypeBytes[dtype];
-      target.grad = ctx->input(inputs.Grad(i)).data();
+      target.grad = Data(ctx->input(inputs.Grad(i)));
       for (int k = 0; k <= rule_.slots.size; ++k) {
         const int input = k * inputs.n + i;
-        Tensor& fresh = *vars[input]->tensor();
-        const Tensor& source = sources[input];
-        target.buffer[k] = {source.data() ? source.data() : fresh.data(),
-                            fresh.data()};
+        char* to = Data(*vars[input]->tensor());
+        const char* source = Data(sources[input]);
+        target.buffer[k] = {source ? source : to, to};
       }
       chunks += Chunks(target.n);
       bytes += target.n * target.element_bytes * (3 + 2 * rule_.slots.size);
     }
     if (chunks == 0) return absl::OkStatus();
 
-    // A core moves about 8 bytes a cycle; the pool decides by this figure
-    // whether waking a thread pays.
-    const int64_t cycles_per_chunk = std::max<int64_t>(1, bytes / chunks / 8);
-    using tensorflow::thread::ThreadPool;
-    ctx->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(
-        chunks, ThreadPool::SchedulingParams::Adaptive(cycles_per_chunk),
-        [&](int64_t chunk, int64_t end) {
-          // The last one that starts at or before the chunk: empty variables
-          // share their start with the next.
-          auto target = std::upper_bound(targets.begin(), targets.end(), chunk,
-                                         [](int64_t c, const Target& t) {
-                                           return c < t.first_chunk;
-                                         }) -
-                        1;
-          for (; chunk < end; ++chunk) {
-            while (chunk >= target->first_chunk + Chunks(target->n)) ++target;
-            SweepChunk(*target, rule_.slots.size, chunk);
-          }
-        });
+    // A core moves about 8 bytes a cycle, and waking a thread costs as much as
+    // 2^17 cycles of sweeping.
+    auto* pool = ctx->device()->tensorflow_cpu_worker_threads()->workers;
+    const int64_t threads =
+        std::min<int64_t>({pool->NumThreads(), chunks, 1 + (bytes / 8 >> 17)});
+    // Each thread claims a share of what is left: long runs at first, which the
+    // processor prefetches through, and single chunks at the end, so that a
+    // slow thread holds nobody up.
+    std::atomic<int64_t> claimed{0};
+    const auto sweep_chunks = [&](int64_t, int64_t) {
+      auto target = targets.begin();
+      int64_t chunk = claimed;
+      while (chunk < chunks) {
+        const int64_t end =
+            chunk + std::max<int64_t>(1, (chunks - chunk) / (2 * threads));
+        if (!claimed.compare_exchange_weak(chunk, end)) continue;
+        for (; chunk < end; ++chunk) {
+          while (chunk >= target->first_chunk + Chunks(target->n)) ++target;
+          SweepChunk(*target, rule_.slots.size, chunk);
+        }
+        chunk = claimed;
+      }
+    };
+    pool->ParallelFor(
+        threads, tensorflow::thread::ThreadPool::SchedulingParams::Fixed(1),
+        sweep_chunks);
     return absl::OkStatus();
   }
 
