@@ -1,5 +1,6 @@
 """The Keras classes beside Keras's own: trajectories, saved files, and everything that Keras's constructors take."""
 
+import inspect
 import subprocess
 import sys
 
@@ -321,6 +322,15 @@ def test_mirrored_strategy():
     result = subprocess.run([sys.executable, "-c", _MIRRORED], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert float(result.stdout) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_signature_and_docstring_are_whole(name):
+    ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (wdops.optimizers, keras.optimizers))
+    assert set(ours) - set(theirs) == {"l1", "l2", "proximal_l1", "proximal_l2"}
+    assert [p for p in ours if p in theirs] == list(theirs)
+    doc = getattr(wdops.optimizers, name).__doc__
+    assert f"keras.optimizers.{name}" in doc and all(p in doc for p in ("l1, l2", "proximal_l1", "Raises", "Differs"))
 
 
 # ---- configs and files

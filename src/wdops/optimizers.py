@@ -3,6 +3,7 @@
 Each class takes every argument of the Keras class of its name, and `l1`, `l2`, `proximal_l1`, `proximal_l2`.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,12 @@ _DECAYS = ("l1", "l2", "proximal_l1", "proximal_l2")
 
 _DOC = """{keras_class} with its whole step fused, decay included, into one op for all dense variables.
 
-    {rule} A gradient that is a `tf.IndexedSlices` goes through Keras's own code, unless one of the four coefficients
-    below is not zero: they reach every row, so that gradient is made dense, as a Keras regularizer makes it. Clipping,
-    averaging (`use_ema`), accumulation and loss scaling are Keras's own, around the fused step.
+    {rules}
+
+    Around the rule stands the step that `wdops.ops.apply_sgd` describes. A gradient that is a `tf.IndexedSlices` goes
+    through Keras's own code, unless one of the four coefficients below is not zero: they reach every row, so that
+    gradient is made dense, as a Keras regularizer makes it. Clipping, averaging (`use_ema`), accumulation and loss
+    scaling are Keras's own, around the fused step.
 
     Args:
       *args, **kwargs: those of `{keras_class}`, in its order.
@@ -42,6 +46,8 @@ _DOC = """{keras_class} with its whole step fused, decay included, into one op f
 
 class _FusedStep(keras.optimizers.Optimizer):
     """What the classes below share: mixed in before the Keras class, it replaces how a step reaches the variables."""
+
+    _RULES: tuple[str, ...]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         decays = {name: kwargs.pop(name, 0.0) for name in _DECAYS}
@@ -123,11 +129,21 @@ class _FusedStep(keras.optimizers.Optimizer):
         )
 
 
-@keras.saving.register_keras_serializable(package="wdops")
+def _public(cls: type[_FusedStep]) -> type[_FusedStep]:
+    """Registers the class, and gives it a docstring and the signature of the Keras class of its name with `_DECAYS`."""
+    keras_class = getattr(keras.optimizers, cls.__name__)
+    rules = "\n\n    ".join(reference.RULES[name].summary for name in cls._RULES)
+    cls.__doc__ = _DOC.format(keras_class=f"keras.optimizers.{cls.__name__}", rules=rules)
+    signature = inspect.signature(keras_class)
+    *own, rest = signature.parameters.values()
+    decays = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=0.0) for name in _DECAYS]
+    cls.__signature__ = signature.replace(parameters=[*own, *decays, rest])
+    return keras.saving.register_keras_serializable(package="wdops")(cls)
+
+
+@_public
 class SGD(_FusedStep, keras.optimizers.SGD):
-    __doc__ = _DOC.format(
-        keras_class="keras.optimizers.SGD", rule="`wdops.ops.apply_sgd` and `apply_momentum` say what it computes."
-    )
+    _RULES = ("sgd", "momentum")
 
     def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
         if self.momentum == 0:
@@ -136,6 +152,8 @@ class SGD(_FusedStep, keras.optimizers.SGD):
 
 
 class _FusedAdam(_FusedStep):
+    _RULES = ("adam", "amsgrad")
+
     def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
         hypers = {
             "beta1": self.beta_1,
@@ -148,17 +166,14 @@ class _FusedAdam(_FusedStep):
         return ops.apply_adam, [self._momentums, self._velocities], hypers
 
 
-_ADAM_RULE = "`wdops.ops.apply_adam` and `apply_amsgrad` say what it computes."
-
-
-@keras.saving.register_keras_serializable(package="wdops")
+@_public
 class Adam(_FusedAdam, keras.optimizers.Adam):
-    __doc__ = _DOC.format(keras_class="keras.optimizers.Adam", rule=_ADAM_RULE)
+    pass
 
 
-@keras.saving.register_keras_serializable(package="wdops")
+@_public
 class AdamW(_FusedAdam, keras.optimizers.AdamW):
-    __doc__ = _DOC.format(keras_class="keras.optimizers.AdamW", rule=_ADAM_RULE)
+    pass
 
 
 def from_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

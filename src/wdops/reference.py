@@ -80,11 +80,16 @@ class Rule:
         return inspect.Signature([*tensors, *own, *step, name])
 
     @property
+    def summary(self) -> str:
+        """The rule's own docstring without its arguments."""
+        return (self.update.__doc__ or "").partition("\n    Slots:")[0].rstrip()
+
+    @property
     def doc(self) -> str:
         """The rule's own docstring, with its `Slots:` and `Hyperparameters:` sorted in among those of every step."""
-        body, _, rest = (self.update.__doc__ or "").partition("\n    Slots:")
-        slots, _, hypers = rest.partition("\n    Hyperparameters:")
-        return body.rstrip() + _STEP_DOC.format(slots=slots.rstrip(), hypers=hypers.rstrip())
+        arguments = (self.update.__doc__ or "").partition("\n    Slots:")[2]
+        slots, _, hypers = arguments.partition("\n    Hyperparameters:")
+        return self.summary + _STEP_DOC.format(slots=slots.rstrip(), hypers=hypers.rstrip())
 
 
 RULES: dict[str, Rule] = {}
