@@ -151,15 +151,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the seconds of every round to this file")
     arguments = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
-    print(f"{processor()}, {threads} threads, {wdops.isa.active()}, TensorFlow {tf.__version__}")
+    machine = f"{processor()}, {threads} threads, {wdops.isa.active()}, TensorFlow {tf.__version__}"
+    print(f"{machine}; ms of a step, and in brackets times wdops\n")
     results = {}
     for case in arguments.case or CASES:
         keras.backend.clear_session()
         seconds = results[case] = measure(rivals(CASES[case]), arguments.rounds)
-        print(f"\n{case}, AdamW in float32{'':14}median ms   times wdops")
+        print(f"| {case} | |\n|---|---|")
         for name, values in seconds.items():
             ratio = statistics.median(v / w for v, w in zip(values, seconds["wdops"], strict=True))
-            print(f"  {name:30}{statistics.median(values) * 1e3:18.2f}{ratio:14.2f}")
+            print(f"| {name} | {statistics.median(values) * 1e3:.2f} ({ratio:.2f}) |")
+        print(flush=True)
     if arguments.json:
         facts = {"processor": processor(), "threads": threads, "isa": wdops.isa.active(), "build": wdops.build_info()}
         arguments.json.write_text(json.dumps({"machine": facts, "seconds": results}, indent=1))

@@ -26,12 +26,14 @@ class FloatMode {
 #elif defined(__aarch64__)
   FloatMode() {
     asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" ::"r"(uint64_t{1} << 24));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t{1} << 24) : "memory");
   }
-  ~FloatMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+  ~FloatMode() { asm volatile("msr fpcr, %0" ::"r"(saved_) : "memory"); }
 
  private:
   uint64_t saved_;
+#else
+  FloatMode() {}
 #endif
 };
 

@@ -105,7 +105,7 @@ def rule(update: Callable[..., tuple[tf.Tensor, ...]]) -> Callable[..., tuple[tf
 def sgd(grad: tf.Tensor, *, lr: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """Gradient descent: the plain step of `keras.optimizers.SGD`.
 
-    rule(g) = lr*g
+        rule(g) = lr*g
     """
     return (lr * grad,)
 
