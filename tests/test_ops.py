@@ -12,6 +12,7 @@ from conftest import DTYPES, TERMS, assert_within, names_of, oracle, own_hypers,
 
 import wdops
 from wdops import reference
+from wdops._load import native, raw_ops
 
 MODES = {
     "eager": lambda f: f,
@@ -235,22 +236,41 @@ def test_a_variable_that_was_read_sparsely_is_updated_in_place():
     assert variable.numpy()[3].tolist() == [1, 1] and not variable.numpy()[0].any()
 
 
-def test_two_steps_over_the_same_variables_in_opposite_order_never_wait_for_each_other():
-    variables = [tf.Variable(tf.zeros(1000)) for _ in range(20)]
-    grads = [tf.ones(1000)] * 20
+def test_steps_in_two_threads_neither_wait_for_ever_nor_lose_an_update():
+    """Over the same variables in opposite orders: unsorted locks deadlock here, and no locks lose updates."""
+    variables = [tf.Variable(tf.zeros(4)) for _ in range(200)]
+    grads = [tf.ones(4)] * 200
+    steps = [tf.function(lambda o=o: wdops.ops.apply_sgd(variables[:: int(o)], grads, lr=1.0)) for o in (1, -1)]
 
-    def work(order):
-        for _ in range(200):
-            wdops.ops.apply_sgd(variables[::order], grads, lr=1.0)
+    def work(step):
+        for _ in range(2000):
+            step()
 
-    threads = [threading.Thread(target=work, args=(order,), daemon=True) for order in (1, -1)]
+    threads = [threading.Thread(target=work, args=(step,), daemon=True) for step in steps]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive()
     for variable in variables:
-        assert (variable.numpy() == -400).all()
+        assert (variable.numpy() == -4000).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bare_op_checks_that_its_lists_are_of_one_length(mode):
+    variable = tf.Variable(tf.ones(4))
+    hypers = dict.fromkeys(next(r["hypers"] for r in native.rules if r["name"] == "sgd"), 0.5)
+    for n, grads in ((1, 3), (3, 1)):
+        with pytest.raises(
+            (ValueError, tf.errors.InvalidArgumentError), match=f"grad has {grads} entries, but var has {n}"
+        ):
+            MODES[mode](
+                lambda n=n, g=grads: (
+                    raw_ops.wdops_apply_sgd(var=[variable.handle] * int(n), grad=[tf.ones(4)] * int(g), **hypers)
+                    and None
+                )
+            )()
+    assert (variable.numpy() == 1).all()
 
 
 def uninitialized():
@@ -322,6 +342,13 @@ BAD_CALLS = {
     "a matrix": (lambda a: a.update(l2=tf.zeros([3, 1])), r"l2 has shape \[3,1\]"),
     "an l1 below 0": (lambda a: a.update(l1=-0.1), r"l1 is -0.1"),
     "a weight_decay that is not a number": (lambda a: a.update(weight_decay=float("nan")), r"weight_decay is nan"),
+    "an l2 below 0 in a list": (lambda a: a.update(l2=[0.1, -0.1, 0.1]), r"l2 is \[0.1, -0.1, 0.1\], but must"),
+    "an l1 below 0 in an array": (lambda a: a.update(l1=np.array(-0.1)), r"l1 is -0.1"),
+    "no lr": (lambda a: a.update(lr=None), r"lr must be a number"),
+    "a word": (lambda a: a.update(lr="fast"), r"lr must be a number"),
+    "a complex number": (lambda a: a.update(lr=1j), r"lr must be a number"),
+    "an empty vector": (lambda a: a.update(beta1=[]), r"beta1 has shape \[0\]"),
+    "no gradient": (replace("grad", 1, lambda: None), r"grad\[1\] is None"),
     "a step of 0": (lambda a: a.update(step=0), r"step is 0"),
 }
 # A tensor's value is not known while XLA compiles.
@@ -335,6 +362,7 @@ BAD_VALUES = {
         lambda a: a.update(lr=-1.0, proximal_l1=0.1),
         r"lr is -1.*must not be negative",
     ),
+    "an lr that is not finite": (lambda a: a.update(lr=float("inf")), r"lr is inf, but must be finite"),
     "an uninitialized variable": (replace("var", 1, lambda: uninitialized()), r"var\[1\] is not initialized"),
     "an uninitialized slot": (replace("v", 2, lambda: uninitialized()), r"v\[2\] is not initialized"),
 }

@@ -333,6 +333,102 @@ def test_signature_and_docstring_are_whole(name):
     assert f"keras.optimizers.{name}" in doc and all(p in doc for p in ("l1, l2", "proximal_l1", "Raises", "Differs"))
 
 
+def run_both(step):
+    """The variables behind `step(module)`, of both modules; they must agree."""
+    got, want = ([np.asarray(v, np.float64) for v in step(m)] for m in (wdops.optimizers, keras.optimizers))
+    assert difference(got, want) <= 5e-6
+    return got
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("more", [{}, {"clipnorm": 1.0}], ids=str)
+def test_bare_tf_variables_and_gradients_of_another_dtype(mode, more):
+    def step(module):
+        variables = [tf.Variable([1.0, 2.0]), keras.Variable([3.0, 4.0])]
+        opt = module.AdamW(0.1, weight_decay=0.1, **more)
+        opt.build(variables)
+        grads = [tf.constant([1.0, 2.0], tf.float64), tf.constant([3.0, 4.0], tf.float32)]
+        MODES[mode](lambda: opt.apply_gradients(zip(grads if not more else [tf.ones(2)] * 2, variables, strict=True)))()
+        return variables
+
+    run_both(step)
+
+
+def test_a_penalty_under_clipping_takes_a_gradient_of_another_dtype():
+    variable = keras.Variable([1.0, 2.0])
+    wdops.optimizers.SGD(0.1, l1=0.1, clipnorm=1.0).apply([np.ones(2)], [variable])
+    assert (np.asarray(variable) < [1, 2]).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [tf.Variable, keras.Variable, tf.constant])
+def test_weight_decay_may_be_a_variable(mode, make):
+    def step(module):
+        variables = [keras.Variable([1.0, 2.0], name="a"), keras.Variable([3.0, 4.0], name="b")]
+        opt = module.AdamW(0.1, weight_decay=make(0.5))
+        opt.exclude_from_weight_decay(var_names=["b"])
+        opt.build(variables)
+        MODES[mode](lambda: opt.apply([tf.ones(2)] * 2, variables))()
+        return variables
+
+    run_both(step)
+
+
+def test_a_subclass_with_its_own_update_step_gets_what_keras_gives_it():
+    def step(module):
+        class Twice(module.AdamW):
+            def update_step(self, gradient, variable, learning_rate):
+                super().update_step(2 * gradient, variable, learning_rate)
+
+        variables = [keras.Variable([1.0, 2.0]), keras.Variable([3.0, 4.0])]
+        opt = Twice(0.1, weight_decay=0.5, epsilon=1.0)
+        opt.apply([tf.ones(2)] * 2, variables)
+        return variables
+
+    plain = keras.Variable([1.0, 2.0])
+    wdops.optimizers.AdamW(0.1, weight_decay=0.5, epsilon=1.0).apply([tf.ones(2)], [plain])
+    assert difference([run_both(step)[0]], [np.asarray(plain)]) > 1e-3
+
+
+def test_an_integer_variable_goes_through_keras():
+    def step(module):
+        variables = [keras.Variable([10, 20], dtype="int32"), keras.Variable([1.0, 2.0])]
+        module.SGD(1.0).apply([tf.constant([1, 2]), tf.ones(2)], variables)
+        return variables
+
+    run_both(step)
+
+
+def test_a_bad_dense_gradient_leaves_a_sparse_one_alone_too():
+    table, dense = keras.Variable(np.ones((4, 2))), keras.Variable(np.ones(3))
+    opt = wdops.optimizers.AdamW(0.1, weight_decay=0.1)
+    grads = [tf.IndexedSlices(tf.ones((1, 2)), tf.constant([1]), tf.constant([4, 2])), tf.ones(5)]
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=r"grad\[0\] has shape \[5\]"):
+        opt.apply(grads, [table, dense])
+    assert (np.asarray(table) == 1).all() and (np.asarray(dense) == 1).all()
+
+
+_TWO_DEVICES = """
+import numpy as np, tensorflow as tf, keras, wdops
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+variables = []
+for i in range(2):
+    with tf.device(f"CPU:{i}"):
+        variables.append(keras.Variable(np.ones(3)))
+opt = wdops.optimizers.AdamW(0.1)
+opt.build(variables)
+step = tf.function(lambda: opt.apply([tf.ones(3)] * 2, variables))
+step()
+assert all((np.asarray(v) < 1).all() for v in variables)
+assert {v.value.device[-1] for v in variables} == {"0", "1"}
+"""
+
+
+def test_variables_on_two_devices():
+    subprocess.run([sys.executable, "-c", _TWO_DEVICES], check=True)
+
+
 # ---- configs and files
 
 
@@ -419,8 +515,10 @@ def test_conversion_keeps_exclusions_and_refuses_what_it_cannot_keep():
     plain = [keras.Variable(x, name=f"w{i}") for i, x in enumerate(problem()[0])]
     got = train(wdops.optimizers.from_keras(source), variables=variables)
     assert difference(got, train(source, variables=plain)) <= 2e-6
-    with pytest.raises(ValueError, match="no Lion"):
+    with pytest.raises(ValueError, match=r"no counterpart of .*Lion"):
         wdops.optimizers.from_keras(keras.optimizers.Lion())
+    with pytest.raises(ValueError, match="is not a class of wdops"):
+        wdops.optimizers.to_keras(keras.optimizers.AdamW())
     with pytest.raises(ValueError, match="no `l2`"):
         wdops.optimizers.to_keras(wdops.optimizers.AdamW(l2=0.1))
 

@@ -112,7 +112,23 @@ def test_an_unknown_instruction_set_is_an_error_and_changes_nothing(name):
         wdops.isa.use(name)
     assert wdops.isa.active() == before
     if name:
-        assert "ValueError: instruction set" in fails("import wdops", WDOPS_ISA=name)
+        message = fails("import wdops", WDOPS_ISA=name)
+        assert message.startswith("ValueError: the environment variable WDOPS_ISA: instruction set")
+
+
+def test_importing_after_a_compilation_by_xla_warns():
+    """Which takes its kernels once. Eager and graph go on."""
+    compile_first = "import tensorflow as tf; tf.function(lambda: tf.ones(3) + 1, jit_compile=True)(); import wdops"
+    step = "\nv = tf.Variable([1.0]); wdops.ops.apply_sgd(v, tf.ones(1), lr=1.0); assert v.numpy()[0] == 0"
+    assert "wdops was imported after XLA's first compilation" in python(compile_first + step).stderr
+    assert "was imported after" not in python("import wdops").stderr
+
+
+def test_another_program_with_the_word_wdops_on_its_command_line(tmp_path):
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "__init__.py").write_text("import wdops")
+    (tmp_path / "program" / "__main__.py").write_text("import wdops; print(wdops.optimizers.SGD)")
+    run(sys.executable, "-m", "program", "wdops", cwd=tmp_path)
 
 
 def test_importing_changes_nothing_else():

@@ -11,10 +11,9 @@ namespace wdops::cpu {
 namespace {
 
 // For its lifetime: round to nearest, flush subnormals to zero, as TensorFlow's
-// pool threads do. The calling thread is not one of them, so without this the
-// same step would give other bits on another thread; and slots that decay
-// towards zero would stay subnormal for ever, at a hundred times the cost of an
-// element.
+// threads do. A caller with NumPy arrays is none of them, and would get other
+// bits; and slots that decay towards zero would stay subnormal for ever, at
+// many times the cost of an element.
 class FloatMode {
  public:
 #if defined(__SSE2__)

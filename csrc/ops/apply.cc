@@ -80,9 +80,7 @@ class ApplyOp : public tensorflow::OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtypes_));
     int n;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("N", &n));
-    OP_REQUIRES(ctx, n == static_cast<int>(dtypes_.size()),
-                absl::InvalidArgumentError(absl::StrCat(
-                    "grad has ", dtypes_.size(), " entries, but var has ", n)));
+    OP_REQUIRES_OK(ctx, CheckLengths({rule_, n}, dtypes_.size()));
   }
 
   void Compute(OpKernelContext* ctx) override {
@@ -151,8 +149,8 @@ class ApplyOp : public tensorflow::OpKernel {
     const int64_t threads =
         std::min<int64_t>({pool->NumThreads(), chunks, 1 + (bytes / 8 >> 17)});
     // Each thread claims a share of what is left: long runs at first, which the
-    // processor prefetches through, and single chunks at the end, so that a
-    // slow thread holds nobody up.
+    // processor prefetches through, and single chunks at the end, so that
+    // little is waited for where one thread is slow.
     std::atomic<int64_t> claimed{0};
     const auto sweep_chunks = [&](int64_t, int64_t) {
       auto target = targets.begin();
@@ -272,6 +270,7 @@ absl::Status ApplyShape(const RuleInfo& rule, InferenceContext* c) {
   std::vector<DataType> dtypes;
   TF_RETURN_IF_ERROR(c->GetAttr("T", &dtypes));
   const ApplyInputs inputs{rule, n};
+  TF_RETURN_IF_ERROR(CheckLengths(inputs, dtypes.size()));
   const auto shape_of = [&](ShapeHandle shape) {
     return PartialTensorShape(c->ShapeHandleToProto(shape));
   };

@@ -118,6 +118,14 @@ absl::Status CheckHypers(const ApplyInputs& inputs,
   return absl::OkStatus();
 }
 
+// Whether there are as many gradients as variables: they are two lists of the
+// op, and nothing else ties their lengths together.
+inline absl::Status CheckLengths(const ApplyInputs& inputs, size_t grads) {
+  if (static_cast<size_t>(inputs.n) == grads) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("grad has ", grads, " entries, but var has ", inputs.n));
+}
+
 inline absl::Status ListedTwice(const ApplyInputs& inputs, int first,
                                 int second) {
   return absl::InvalidArgumentError(

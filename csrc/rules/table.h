@@ -3,7 +3,9 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstddef>
+#include <cstdio>
 #include <iterator>
 #include <new>
 #include <string>
@@ -87,19 +89,28 @@ inline std::vector<std::string> HyperNames(const RuleInfo& rule) {
   return names;
 }
 
+inline std::string ToString(double value) {
+  char text[32];
+  snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
 // What is wrong with the hyperparameters of one variable; empty if nothing is.
 inline std::string HyperError(const std::vector<std::string>& names,
                               const double* hyper) {
   for (size_t i = 0; i < names.size(); ++i) {
+    const std::string is = names[i] + " is " + ToString(hyper[i]);
     for (const Minimum& minimum : kMinima) {
       if (names[i] == minimum.hyper && !(hyper[i] >= minimum.value)) {
-        return names[i] + " is " + std::to_string(hyper[i]) +
-               ", but must be at least " + std::to_string(minimum.value);
+        return is + ", but must be at least " + ToString(minimum.value);
       }
     }
+    // A scale that is NaN tells of a gradient that is, and goes where it goes.
+    const bool scale = names[i] == "grad_scale" || names[i] == "clip_scale";
+    if (!std::isfinite(hyper[i]) && !scale) return is + ", but must be finite";
   }
   if (hyper[0] < 0 && (hyper[6] > 0 || hyper[7] > 0)) {
-    return "lr is " + std::to_string(hyper[0]) +
+    return "lr is " + ToString(hyper[0]) +
            ", but must not be negative beside proximal_l1 or proximal_l2";
   }
   return "";

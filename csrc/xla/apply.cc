@@ -26,6 +26,9 @@ class ApplyXla : public tensorflow::XlaOpKernel {
         rule_(*FindRule(ctx->def().op())),
         hypers_(HyperNames(rule_)) {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("T", &dtypes_));
+    int n;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("N", &n));
+    OP_REQUIRES_OK(ctx, CheckLengths({rule_, n}, dtypes_.size()));
   }
 
   void Compile(XlaOpKernelContext* ctx) override {

@@ -16,7 +16,7 @@ def build_info() -> dict[str, Any]:
 
 
 # `python -m wdops` runs this file before __main__.py, which starts TensorFlow itself, and quietly.
-_is_program = sys.argv[:1] == ["-m"] and "wdops" in sys.orig_argv
+_is_program = sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["wdops"]
 if not _is_program:
     from wdops import isa, kernels, ops, optimizers, reference
 

@@ -1,6 +1,8 @@
 """Checks that this TensorFlow is the one that wdops was built for, and loads the libraries in the order it needs."""
 
 import os
+import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -37,7 +39,15 @@ except ImportError as error:
 
 check_tensorflow(tf.__version__)
 
-from wdops import _native  # noqa: E402  (opens libwdops_cpu, which the op library links)
+from tensorflow.python.framework import kernels  # noqa: E402  (private, and there is no public way to ask)
+
+try:
+    from wdops import _native  # opens libwdops_cpu, which the op library links
+except ImportError as error:
+    raise ImportError(
+        f"wdops {_build_info.VERSION} was built for another Python than {sys.version.split()[0]}: build it again with "
+        "`pip install .` in its source folder"
+    ) from error
 
 
 def _load(name: str) -> ModuleType:
@@ -52,8 +62,17 @@ def _load(name: str) -> ModuleType:
 
 
 native = _native
-native.use_isa(os.environ.get("WDOPS_ISA") or native.available_isas()[0])
+try:
+    native.use_isa(os.environ.get("WDOPS_ISA") or native.available_isas()[0])
+except ValueError as error:
+    raise ValueError(f"the environment variable WDOPS_ISA: {error}") from error
 raw_ops = _load("wdops_ops")
 # After the ops, and not later than `import wdops`: XLA takes its kernels once, at the first compilation, and aborts on
 # one whose op is not registered.
 _load("wdops_xla")
+if any(k.device_type.startswith("XLA_") for k in kernels.get_registered_kernels_for_op("AddV2").kernel):
+    warnings.warn(
+        "wdops was imported after XLA's first compilation in this process, and XLA no longer takes its ops: they run "
+        "everywhere but under jit_compile=True. Import wdops first.",
+        stacklevel=2,
+    )

@@ -7,12 +7,13 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from wdops import reference
 from wdops._load import native, raw_ops
 
-_DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
+DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
 
 
 def _handles(name: str, variables: Any) -> list[tf.Tensor]:
@@ -29,17 +30,30 @@ def _handles(name: str, variables: Any) -> list[tf.Tensor]:
 def _gradient(i: int, grad: Any) -> tf.Tensor:
     if isinstance(grad, tf.IndexedSlices):
         raise ValueError(f"grad[{i}] is a tf.IndexedSlices, but must be dense: tf.convert_to_tensor makes it so")
+    if grad is None:
+        raise ValueError(f"grad[{i}] is None")
     grad = tf.convert_to_tensor(grad)
-    if grad.dtype not in _DTYPES:
-        raise ValueError(f"grad[{i}] has dtype {grad.dtype.name}, but must have one of {[d.name for d in _DTYPES]}")
+    if grad.dtype not in DTYPES:
+        raise ValueError(f"grad[{i}] has dtype {grad.dtype.name}, but must have one of {[d.name for d in DTYPES]}")
     return grad
+
+
+def _known_values(value: Any) -> np.ndarray:
+    """Those that are not in a tensor or variable."""
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    known = (numbers.Real, np.ndarray)
+    return np.ravel([x for x in entries if isinstance(x, known)]) if len(entries) else np.zeros(0)
 
 
 def _hyper(name: str, value: Any) -> tf.Tensor:
     minimum = native.minima.get(name)
-    if minimum is not None and isinstance(value, numbers.Real) and not value >= minimum:
+    # Here and not only in the kernel, because XLA sees no values while it compiles.
+    if minimum is not None and not np.all(_known_values(value) >= minimum):
         raise ValueError(f"{name} is {value}, but must be at least {minimum}")
-    return reference.to_float64(value)
+    try:
+        return reference.to_float64(value)
+    except (TypeError, ValueError, tf.errors.OpError) as error:
+        raise ValueError(f"{name} must be a number, a tensor or a vector of numbers, but is {value!r}") from error
 
 
 def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[str]) -> Callable[..., Any]:

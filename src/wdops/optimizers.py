@@ -19,7 +19,7 @@ if keras.backend.backend() != "tensorflow":
 
 _DECAYS = ("l1", "l2", "proximal_l1", "proximal_l2")
 
-_DOC = """{keras_class} with its whole step fused, decay included, into one op for all dense variables.
+_DOC = """{keras_class} with its whole step fused, decay included, into one op for all dense variables of a device.
 
     {rules}
 
@@ -40,8 +40,24 @@ _DOC = """{keras_class} with its whole step fused, decay included, into one op f
       ValueError: a coefficient is negative or not a number, or what `{keras_class}` raises.
 
     Differs from Keras: Adam's bias corrections are made in double; bfloat16 and float16 variables are stepped in
-    float32; a config contains the four coefficients only where they are not zero, so that Keras reads it too.
+    float32; a negative `weight_decay` is refused when the step runs; a config contains the four coefficients only
+    where they are not zero, so that Keras reads it too.
     """
+
+
+def _coefficient(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"`{name}` must be a finite number of at least 0. Received: {name}={value}")
+    return number
+
+
+def _is_keras_business(grad: Any, variable: tf.Variable) -> bool:
+    """Whether Keras's own code steps this variable: its gradient is sparse, or its dtype is not that of a kernel."""
+    return isinstance(grad, tf.IndexedSlices) or variable.dtype not in ops.DTYPES
 
 
 class _FusedStep(keras.optimizers.Optimizer):
@@ -50,10 +66,7 @@ class _FusedStep(keras.optimizers.Optimizer):
     _RULES: tuple[str, ...]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        decays = {name: kwargs.pop(name, 0.0) for name in _DECAYS}
-        for name, value in decays.items():
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number of at least 0. Received: {name}={value}")
+        decays = {name: _coefficient(name, kwargs.pop(name, 0.0)) for name in _DECAYS}
         super().__init__(*args, **kwargs)
         self.l1, self.l2 = decays["l1"], decays["l2"]
         self.proximal_l1, self.proximal_l2 = decays["proximal_l1"], decays["proximal_l2"]
@@ -73,37 +86,51 @@ class _FusedStep(keras.optimizers.Optimizer):
         # Keras clips before the fused step sees the gradients, and the penalty belongs to what is clipped.
         if self._clips and (self.l1 or self.l2):
             grads = [
-                tf.convert_to_tensor(g) + reference.penalty_gradient(tf.convert_to_tensor(v), self.l1, self.l2)
+                tf.cast(tf.convert_to_tensor(g), v.dtype)
+                + reference.penalty_gradient(tf.convert_to_tensor(v), self.l1, self.l2)
                 for g, v in zip(grads, trainable_variables, strict=True)
             ]
         super()._backend_apply_gradients(grads, trainable_variables)
 
+    @property
+    def _is_fused(self) -> bool:
+        """Whether the step is ours: a subclass that overrides update_step gets what Keras gives it."""
+        return type(self).update_step is _FusedStep.update_step
+
     def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
-        """Nothing: the fused step decays, and update_step where it hands over to Keras."""
+        """Nothing where the step is ours: it decays, and so does update_step where it hands over to Keras."""
+        if not self._is_fused:
+            super()._apply_weight_decay(variables)
 
     def _backend_update_step(
         self, grads: list[Any], trainable_variables: list[keras.Variable], learning_rate: Any
     ) -> None:
-        if tf.distribute.has_strategy():
+        if tf.distribute.has_strategy() or not self._is_fused:
             # Reduces over the replicas and calls update_step for each variable where it lives.
             super()._backend_update_step(grads, trainable_variables, learning_rate)
             return
-        dense = []
-        for grad, variable in zip(grads, trainable_variables, strict=True):
-            if isinstance(grad, tf.IndexedSlices):
-                self.update_step(grad, variable.value, learning_rate)
+        variables = [v.value if isinstance(v, keras.Variable) else v for v in trainable_variables]
+        dense: dict[str, list[tuple[Any, tf.Variable]]] = {}
+        others = []
+        for grad, variable in zip(grads, variables, strict=True):
+            pair = (grad, variable)
+            if _is_keras_business(*pair):
+                others.append(pair)
             else:
-                dense.append((grad, variable.value))
-        if dense:
-            self._fused_step(*zip(*dense, strict=True), learning_rate)
+                dense.setdefault(variable.device, []).append(pair)
+        # The fused ops come first: they check everything before they write.
+        for pairs in dense.values():
+            self._fused_step(*zip(*pairs, strict=True), learning_rate)
+        for grad, variable in others:
+            self.update_step(grad, variable, learning_rate)
 
     def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
-        if not isinstance(gradient, tf.IndexedSlices):
+        if not _is_keras_business(gradient, variable):
             self._fused_step([gradient], [variable], learning_rate)
-        elif any(getattr(self, name) for name in _DECAYS):
+        elif variable.dtype in ops.DTYPES and any(getattr(self, name) for name in _DECAYS):
             self._fused_step([tf.convert_to_tensor(gradient)], [variable], learning_rate)
         else:
-            if self.weight_decay and self._use_weight_decay(variable):
+            if self.weight_decay is not None and self._is_fused and self._use_weight_decay(variable):
                 decay = tf.cast(self.weight_decay, variable.dtype) * tf.cast(learning_rate, variable.dtype)
                 variable.assign_sub(variable * decay)
             super().update_step(gradient, variable, learning_rate)
@@ -111,10 +138,10 @@ class _FusedStep(keras.optimizers.Optimizer):
     def _fused_step(self, grads: list[tf.Tensor], variables: list[tf.Variable], learning_rate: Any) -> None:
         apply, slots, hypers = self._rule()
         index = [self._get_variable_index(v) for v in variables]
-        weight_decay = self.weight_decay or 0.0
+        weight_decay = 0.0 if self.weight_decay is None or not self._is_fused else self.weight_decay
         decayed = [self._use_weight_decay(v) for v in variables]
-        if weight_decay and not all(decayed):
-            weight_decay = [weight_decay * d for d in decayed]
+        if not all(decayed):
+            weight_decay = [weight_decay * float(d) for d in decayed]
         penalty = {} if self._clips else {"l1": self.l1, "l2": self.l2}
         apply(
             list(variables),
@@ -188,24 +215,28 @@ def from_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimi
     Raises:
       ValueError: this module has no such class.
     """
-    return _go_on_as(globals().get(type(optimizer).__name__), optimizer)
+    name = type(optimizer).__name__
+    if type(optimizer) is not getattr(keras.optimizers, name, None) or name not in globals():
+        raise ValueError(f"wdops.optimizers has no counterpart of {type(optimizer)}")
+    return _go_on_as(globals()[name], optimizer)
 
 
 def to_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """The way back: Keras's own optimizer that goes on where one of this module stands.
 
     Raises:
-      ValueError: it has an `l1`, `l2`, `proximal_l1` or `proximal_l2`, which Keras's has not.
+      ValueError: it is not of a class of this module, or has an `l1`, `l2`, `proximal_l1` or `proximal_l2`, which
+        Keras's has not.
     """
+    if type(optimizer) not in (SGD, Adam, AdamW):
+        raise ValueError(f"{type(optimizer)} is not a class of wdops.optimizers")
     for name in _DECAYS:
         if getattr(optimizer, name):
             raise ValueError(f"Keras's optimizers have no `{name}`, and this one has {name}={getattr(optimizer, name)}")
     return _go_on_as(getattr(keras.optimizers, type(optimizer).__name__), optimizer)
 
 
-def _go_on_as(cls: type | None, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    if cls is None:
-        raise ValueError(f"wdops.optimizers has no {type(optimizer).__name__}")
+def _go_on_as(cls: type, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     converted = cls.from_config(optimizer.get_config())
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
         if hasattr(optimizer, name):

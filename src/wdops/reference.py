@@ -52,9 +52,10 @@ _STEP_DOC = """
 
     Raises:
       ValueError, tf.errors.InvalidArgumentError: lists of unequal length, a shape or dtype that is not the variable's,
-        a variable that is listed twice or not initialized, a vector of another length than the list, a negative decay.
-        All is checked before anything is written (under `jit_compile=True` a negative decay is found only where it
-        is a Python number).
+        a variable that is listed twice or not initialized, a vector of another length than the list, a negative decay,
+        a hyperparameter that is not finite (grad_scale and clip_scale may be NaN, and then so is the result). All is
+        checked before anything is written; under `jit_compile=True`, where values are not known, only numbers, lists
+        and arrays are found negative, and nothing is found infinite.
 """
 
 
@@ -105,7 +106,7 @@ def rule(update: Callable[..., tuple[tf.Tensor, ...]]) -> Callable[..., tuple[tf
 def sgd(grad: tf.Tensor, *, lr: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """Gradient descent: the plain step of `keras.optimizers.SGD`.
 
-        rule(g) = lr*g
+    rule(g) = lr*g
     """
     return (lr * grad,)
 
@@ -206,9 +207,12 @@ def amsgrad(
 def to_float64(x: Any) -> tf.Tensor:
     """`x` in float64. A bare tf.cast would round a Python number, or a list of them, to float32 on the way."""
     if isinstance(x, (list, tuple)):
-        return tf.stack([to_float64(entry) for entry in x])
+        return tf.stack([to_float64(entry) for entry in x]) if x else tf.zeros(0, tf.float64)
     if isinstance(x, (bool, int, float)):
         return tf.constant(float(x), tf.float64)
+    x = tf.convert_to_tensor(x)
+    if not (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool):
+        raise ValueError(f"{x.dtype.name} is no type of numbers")
     return tf.cast(x, tf.float64)
 
 
