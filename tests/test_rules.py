@@ -123,6 +123,8 @@ def test_special_values_match_the_oracle(rule, dtype, decay, isa):
     # A subnormal counts as 0 where it is computed with.
     flushed = [np.where(np.abs(a.astype(np.float64)) < info.tiny, 0, a.astype(np.float64)) for a in arrays]
     want = [np.asarray(w) for w in reference.step(rule, flushed[0], flushed[1:-1], flushed[-1], **hypers)]
+    # What underflows in a product of the least numbers is 0 here and not in the oracle, and a rule may ask its sign.
+    usual = np.all([(f == 0) | ~(np.abs(f) < 1e6 * info.tiny) for f in flushed], axis=0)
     got = run(rule, arrays, hypers)
     for name, g, w in zip(names_of(rule), got, want, strict=True):
         # 0 times inf is NaN in the oracle, which multiplies by every coefficient; a term that is off makes no NaN.
@@ -131,7 +133,7 @@ def test_special_values_match_the_oracle(rule, dtype, decay, isa):
         assert not invented.any(), (name, g[invented][:4])
         if decay == "all":
             assert (np.isnan(g64) == np.isnan(w)).all(), name
-        finite = np.isfinite(g64) & np.isfinite(w)
+        finite = np.isfinite(g64) & np.isfinite(w) & usual
         # Terms as large as 3e4 cancel in sums.
         eps = float(ml_dtypes.finfo(DTYPES[dtype]).eps)
         assert (np.abs(g64[finite] - w[finite]) <= 4 * eps * (np.abs(w[finite]) + 3e4)).all(), name
