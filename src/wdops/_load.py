@@ -13,19 +13,19 @@ except ImportError as error:
         "wdops is not built here: run `pip install .` in the folder that holds its pyproject.toml"
     ) from error
 
+_MINOR = _build_info.TENSORFLOW.rpartition(".")[0]
 _MEND = (
-    "Either install that TensorFlow (pip install 'tensorflow-cpu=={built}.*'), or build wdops again, from its source "
+    f"Either install that TensorFlow (pip install 'tensorflow-cpu=={_MINOR}.*'), or build wdops again, from its source "
     "folder, for the one that is here: pip install --no-build-isolation --force-reinstall --no-deps ."
 )
 
 
 def check_tensorflow(found: str) -> None:
     """Raises ImportError unless `found` is of the minor version that wdops was built for."""
-    built = _build_info.TENSORFLOW
-    if found.split(".")[:2] != built.split(".")[:2]:
+    if found.split(".")[:2] != _MINOR.split("."):
         raise ImportError(
-            f"wdops {_build_info.VERSION} was built for TensorFlow {built}, and found TensorFlow {found}. "
-            + _MEND.format(built=".".join(built.split(".")[:2]))
+            f"wdops {_build_info.VERSION} was built for TensorFlow {_build_info.TENSORFLOW}, and found TensorFlow "
+            f"{found}. {_MEND}"
         )
 
 
@@ -57,7 +57,7 @@ def _load(name: str) -> ModuleType:
     except tf.errors.NotFoundError as error:
         raise ImportError(
             f"{path.name} of wdops {_build_info.VERSION}, built for TensorFlow {_build_info.TENSORFLOW}, does not load "
-            f"under TensorFlow {tf.__version__}. {_MEND.format(built=_build_info.TENSORFLOW)}"
+            f"under TensorFlow {tf.__version__}. {_MEND}"
         ) from error
 
 
