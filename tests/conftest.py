@@ -1,6 +1,6 @@
 """What all tests share: the instruction sets as a fixture, random cases of every rule, and the bound of the oracle."""
 
-import inspect
+import itertools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -11,22 +11,45 @@ import pytest
 
 import wdops
 from wdops import reference
+from wdops._load import native
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 # By name, for every rule that has it. Amplified, so that a term that is missing or doubled stands far above rounding.
-HYPERS = {"lr": 0.1, "momentum": 0.7, "nesterov": True, "beta1": 0.6, "beta2": 0.8, "epsilon": 1e-3, "step": 3}
+HYPERS = {
+    "lr": 0.1,
+    "momentum": 0.7,
+    "nesterov": True,
+    "beta1": 0.6,
+    "beta2": 0.8,
+    "epsilon": 1e-3,
+    "step": 3,
+    "u_product": 0.3,
+    "rho": 0.8,
+    "l1_strength": 0.4,
+    "l2_strength": 0.3,
+    "l2_shrinkage": 0.2,
+    "beta": 0.5,
+    "lr_power": -0.6,
+}
 TERMS = {
     "grad_scale": 0.5,
-    "clip_scale": 0.7,
+    "accumulation_scale": 1.7,
     "l1": 0.3,
     "l2": 0.2,
+    "clip_scale": 0.7,
+    "clip_value": 0.9,
+    "decay_lr": 0.3,
     "weight_decay": 0.4,
     "proximal_l1": 0.25,
     "proximal_l2": 0.15,
 }
 # Each term alone, so that a wrong one cannot hide behind another; all at once; none.
 DECAYS = {"all": TERMS, "none": {}, **{name: {name: value} for name, value in TERMS.items()}}
+DECAYS["decay_lr"]["weight_decay"] = TERMS["weight_decay"]  # alone it does nothing
+# Rules that want norms of the whole variable: an element's step depends on all the others.
+WHOLE = {"lamb"}
+LAYOUTS = [tuple(layout) for layout in native.layouts]
 
 # How many roundings of the type that the step is computed in may stand between it and the oracle, each as large as a
 # relative change by half an ULP of every input and of the result. The largest seen over 3.6 M elements is 1.6 in
@@ -40,8 +63,7 @@ TINY = {"float32": 2.0**-126, "float64": 2.0**-1022, "bfloat16": 2.0**-126, "flo
 
 def own_hypers(rule):
     """The hyperparameters of a rule without those of every step; one that has no name above keeps its default."""
-    parameters = inspect.signature(reference.RULES[rule].update).parameters.values()
-    return {p.name: HYPERS.get(p.name, p.default) for p in parameters if p.kind == p.KEYWORD_ONLY}
+    return {name: HYPERS.get(name, default) for name, default in reference.RULES[rule].hypers.items()}
 
 
 @pytest.fixture(params=wdops.isa.available())
@@ -53,41 +75,50 @@ def isa(request):
     wdops.isa.use(before)
 
 
-def random_case(rule, dtype, n, seed=0):
+def random_case(rule, dtype, n, seed=0, slot_dtype=None):
     """param, slots, grad of n elements that reach every branch of a step: second moments are positive."""
     rng = np.random.default_rng(seed)
 
-    def draw():
-        return rng.normal(size=n) * 2.0 ** rng.integers(-3, 2, size=n)
+    def draw(dtype, positive=False):
+        x = rng.normal(size=n) * 2.0 ** rng.integers(-3, 2, size=n)
+        return (np.abs(x) if positive else x).astype(DTYPES[dtype])
 
-    slots = [np.abs(draw()) if name.startswith("v") else draw() for name in reference.RULES[rule].slots]
-    return [x.astype(DTYPES[dtype]) for x in (draw(), *slots, draw())]
+    slots = [draw(slot_dtype or dtype, name.startswith("v")) for name in reference.RULES[rule].slots]
+    return [draw(dtype), *slots, draw(dtype)]
 
 
-def oracle(rule, param, slots, grad, hypers):
-    """The new param and slots in float64, and how far a step in the dtype of `param` may be from each element.
+def oracle(rule, param, slots, grad, hypers, **options):
+    """The new param, slots and average in float64, and how far a step in the dtype of `param` may be from each element.
 
     A rounding is a relative change by half an ULP, so what it can do is measured on the oracle itself: each input, each
-    hyperparameter and the result is changed by so much, and the changes of the result are added up. Where a sum
-    cancels, or a quotient has a small divisor, the bound grows as the error does. What is stored in 16 bits is
-    rounded once more.
+    hyperparameter, what the oracle marks as `rounded`, and the result is changed by so much, and the changes of the
+    result are added up. Where a sum cancels, or a quotient has a small divisor, the bound grows as the error does. What
+    is stored in 16 bits is rounded once more. `options` are those of `reference.step`.
     """
-    dtype = str(param.dtype)
-    half_ulp = 2.0**-53 if dtype == "float64" else 2.0**-24
+    half_ulp = 2.0**-53 if param.dtype == np.float64 else 2.0**-24
     change = 2.0**-20
-    inputs = {"param": param, "grad": grad} | {f"slot{k}": s for k, s in enumerate(slots)}
+    arrays = {name: options.pop(name) for name in ("accumulator", "average") if options.get(name) is not None}
+    inputs = {"param": param, "grad": grad} | {f"slot{k}": s for k, s in enumerate(slots)} | arrays
     inputs = {name: np.asarray(x, np.float64) for name, x in inputs.items()}
-    hypers = reference.STEP_DEFAULTS | {n: float(x) for n, x in hypers.items()}
+    hypers = {n: float(x) for n, x in hypers.items() if n != "seed"}
+    hypers = {n: x for n, x in reference.STEP_DEFAULTS.items() if x is not None} | {"decay_lr": hypers["lr"]} | hypers
+    stored = [str(x.dtype) for x in (param, *slots, *([param] if "average" in inputs else []))]
 
     def step(inputs, hypers):
-        slots = [inputs[f"slot{k}"] for k in range(len(inputs) - 2)]
-        return [np.asarray(x) for x in reference.step(rule, inputs["param"], slots, inputs["grad"], **hypers)]
+        slot_values = [inputs[f"slot{k}"] for k in range(len(slots))]
+        more = {name: inputs[name] for name in arrays} | options
+        return [
+            np.asarray(x) for x in reference.step(rule, inputs["param"], slot_values, inputs["grad"], **more, **hypers)
+        ]
 
-    want = step(inputs, hypers)
+    marks = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "rounded", lambda x: (next(marks), x)[1])
+        want = step(inputs, hypers)
     slack = [np.abs(w) for w in want]
     for group in (inputs, hypers):
         for name, value in group.items():
-            if name in ("nesterov", "step"):  # exact
+            if name in ("nesterov", "step", "ema_overwrite") or not np.any(value):  # exact
                 continue
             moved = []
             for factor in (1 - change, 1 + change):
@@ -95,8 +126,18 @@ def oracle(rule, param, slots, grad, hypers):
                 moved.append(step(*((changed, hypers) if group is inputs else (inputs, changed))))
             for k, w in enumerate(want):
                 slack[k] = slack[k] + np.maximum(*(np.abs(m[k] - w) for m in moved)) / change
-    rounding = MAX_ROUNDINGS[dtype] * half_ulp
-    return want, [rounding * s + STORAGE[dtype] * np.abs(w) + TINY[dtype] for s, w in zip(slack, want, strict=True)]
+    for mark in range(next(marks)):
+        seen = itertools.count()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "rounded", lambda x, mark=mark, seen=seen: x * (1 + change * (next(seen) == mark)))
+            for k, moved in enumerate(step(inputs, hypers)):
+                slack[k] = slack[k] + np.abs(moved - want[k]) / change
+    rounding = MAX_ROUNDINGS[str(param.dtype)] * half_ulp
+    # What is stored in 16 bits and then averaged or overwritten is not rounded in between: one storing each.
+    bounds = [
+        rounding * s + STORAGE[dtype] * np.abs(w) + TINY[dtype] for s, w, dtype in zip(slack, want, stored, strict=True)
+    ]
+    return want, bounds
 
 
 def assert_within(got, want, bound, name):

@@ -36,38 +36,243 @@ class FloatMode {
 #endif
 };
 
-template <template <class> class Rule, class T>
-void SweepRule(const void* step_bytes, int64_t n, void* param_bytes,
-               const void* grad_bytes, void* const* slots) {
+// How many elements are staged at a time where a chunk lacks an array: a
+// scratch array, which stays in L1, stands for it.
+constexpr int64_t kBlock = 1024;
+
+// Stores tensor k of an element whose random bits are `bits`. `stochastic` has
+// all bits set or none: a choice between bools would not be vectorized.
+template <class S, class T>
+inline void StoreRounded(S value, T* to, uint32_t stochastic, uint32_t bits,
+                         int k) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const uint32_t nearest = ToNearest(BitCast<uint32_t>(value));
+    Store(value, to, (Addend(bits, k) & stochastic) | (nearest & ~stochastic));
+  } else {
+    Store(value, to);
+  }
+}
+
+template <class T, class SlotT, int kSlots>
+struct Arrays {
+  T* param;
+  const T* grad;
+  SlotT* slot[kSlots + 1];
+  T* accumulator;
+  T* average;
+
+  Arrays(const Chunk& chunk, int64_t begin)
+      : param(static_cast<T*>(chunk.param) + begin),
+        grad(static_cast<const T*>(chunk.grad) + begin),
+        accumulator(static_cast<T*>(chunk.accumulator) + begin),
+        average(static_cast<T*>(chunk.average) + begin) {
+    for (int k = 0; k < kSlots; ++k) {
+      slot[k] = static_cast<SlotT*>(chunk.slot[k]) + begin;
+    }
+  }
+};
+
+// What most steps are: no accumulator, no average, no option, one direct loop.
+template <template <class> class Rule, class T, class SlotT>
+void SweepPlain(const Step<Rule, Compute<T>>& step, const Chunk& chunk) {
+  using S = Compute<T>;
+  constexpr int kSlots = Step<Rule, S>::kSlots;
+  const Arrays<T, SlotT, kSlots> a(chunk, 0);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < chunk.n; ++i) {
+    S p = Load(a.param[i]);
+    S s[kSlots + 1];
+    for (int k = 0; k < kSlots; ++k) s[k] = Load(a.slot[k][i]);
+    step.Plain(p, Load(a.grad[i]), s);
+    for (int k = 0; k < kSlots; ++k) Store(s[k], &a.slot[k][i]);
+    Store(p, &a.param[i]);
+  }
+}
+
+template <bool kScaled, template <class> class Rule, class T, class SlotT>
+void SweepFull(const Step<Rule, Compute<T>>& step, const Chunk& chunk) {
+  using S = Compute<T>;
+  constexpr int kSlots = Step<Rule, S>::kSlots;
+  T no_accumulator[kBlock] = {}, no_average[kBlock] = {};
+  const uint32_t stochastic = step.options.stochastic ? ~0u : 0;
+  const uint32_t high = static_cast<uint64_t>(chunk.begin) >> 32;
+  for (int64_t begin = 0; begin < chunk.n; begin += kBlock) {
+    Arrays<T, SlotT, kSlots> a(chunk, begin);
+    if (!chunk.accumulator) a.accumulator = no_accumulator;
+    if (!chunk.average) a.average = no_average;
+    const uint32_t low = chunk.begin + begin;
+    const int n = begin + kBlock < chunk.n ? kBlock : chunk.n - begin;
+#pragma GCC ivdep
+    for (int i = 0; i < n; ++i) {
+      S p = Load(a.param[i]), average = Load(a.average[i]);
+      S s[kSlots + 1];
+      for (int k = 0; k < kSlots; ++k) s[k] = Load(a.slot[k][i]);
+      step.template Full<kScaled>(p, Load(a.grad[i]), s,
+                                  Load(a.accumulator[i]));
+      step.Average(p, average);
+      const uint32_t bits = RandomBits(step.key, high, low + i);
+      for (int k = 0; k < kSlots; ++k) {
+        StoreRounded(s[k], &a.slot[k][i], stochastic, bits, 1 + k);
+      }
+      StoreRounded(p, &a.param[i], stochastic, bits, 0);
+      StoreRounded(average, &a.average[i], stochastic, bits, 1 + kSlots);
+      Store(S(0), &a.accumulator[i]);
+    }
+  }
+}
+
+template <template <class> class Rule, class T, class SlotT>
+void SweepRule(const void* step_bytes, const Chunk& chunk) {
+  const FloatMode mode;
+  const auto step = *static_cast<const Step<Rule, Compute<T>>*>(step_bytes);
+  if (kHasRate<Rule<float>, float> && step.options.scaled_proximal) {
+    SweepFull<kHasRate<Rule<float>, float>, Rule, T, SlotT>(step, chunk);
+  } else if (step.options.stochastic || chunk.accumulator || chunk.average) {
+    SweepFull<false, Rule, T, SlotT>(step, chunk);
+  } else {
+    SweepPlain<Rule, T, SlotT>(step, chunk);
+  }
+}
+
+// Adds up term(i) for every i below n in a fixed tree: kLanes sums side by
+// side, so that every vector width gives the same bits, and then their halves.
+constexpr int kLanes = 64;
+
+template <class Term>
+Sums AddUp(int64_t n, const Term& term) {
+  double a[kLanes] = {}, b[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma GCC ivdep
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto [x, y] = term(i + lane);
+      a[lane] += x;
+      b[lane] += y;
+    }
+  }
+  for (int lane = 0; i + lane < n; ++lane) {
+    const auto [x, y] = term(i + lane);
+    a[lane] += x;
+    b[lane] += y;
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      a[lane] += a[lane + half];
+      b[lane] += b[lane + half];
+    }
+  }
+  return {a[0], b[0]};
+}
+
+template <template <class> class Rule, class T, class SlotT>
+Sums TrustSums(const void* step_bytes, const Chunk& chunk) {
   using S = Compute<T>;
   constexpr int kSlots = Step<Rule, S>::kSlots;
   const FloatMode mode;
   const auto step = *static_cast<const Step<Rule, S>*>(step_bytes);
-  T* const param = static_cast<T*>(param_bytes);
-  const T* const grad = static_cast<const T*>(grad_bytes);
-  T* slot[kSlots + 1];
-  for (int k = 0; k < kSlots; ++k) slot[k] = static_cast<T*>(slots[k]);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    S p = Load(param[i]);
-    S s[kSlots + 1];
-    for (int k = 0; k < kSlots; ++k) s[k] = Load(slot[k][i]);
-    step(p, Load(grad[i]), s);
-    for (int k = 0; k < kSlots; ++k) Store(s[k], &slot[k][i]);
-    Store(p, &param[i]);
+  const Arrays<T, SlotT, kSlots> a(chunk, 0);
+  const auto squares = [&](const auto& total) {
+    return AddUp(chunk.n, [&](int64_t i) {
+      S s[kSlots + 1];
+      for (int k = 0; k < kSlots; ++k) s[k] = Load(a.slot[k][i]);
+      const S p = Load(a.param[i]);
+      const S g = step.Clip(total(i, p, Load(a.grad[i])));
+      const double decayed = step.Decay(p);
+      const double direction = step.rule.Direction(g, s);
+      return Sums{decayed * decayed, direction * direction};
+    });
+  };
+  if (!chunk.accumulator) {
+    return squares([&](int64_t, S p, S grad) { return step.Total(p, grad); });
+  }
+  return squares([&](int64_t i, S p, S grad) {
+    return step.Total(p, grad, Load(a.accumulator[i]));
+  });
+}
+
+template <template <class> class Rule, class T, class SlotT>
+constexpr Sum TrustOf() {
+  if constexpr (kHasTrust<Rule<float>>) {
+    return &TrustSums<Rule, T, SlotT>;
+  } else {
+    return nullptr;
   }
 }
 
+template <class T>
+Sums GradientSums(const void* step_bytes, const Chunk& chunk) {
+  using S = Compute<T>;
+  const FloatMode mode;
+  const auto gradient = *static_cast<const Gradient<S>*>(step_bytes);
+  const Arrays<T, T, 0> a(chunk, 0);
+  const auto squares = [&](const auto& total) {
+    return AddUp(chunk.n, [&](int64_t i) {
+      const double g = total(i, Load(a.grad[i]));
+      // The square of a float does not overflow as a double.
+      return Sums{g * g, std::is_same_v<T, double> ? g - g : 0};
+    });
+  };
+  const auto accumulated = [&](int64_t i) { return Load(a.accumulator[i]); };
+  const auto param = [&](int64_t i) { return Load(a.param[i]); };
+  if (chunk.param && chunk.accumulator) {
+    return squares([&](int64_t i, S grad) {
+      return gradient.Total(param(i), grad, accumulated(i));
+    });
+  }
+  if (chunk.param) {
+    return squares(
+        [&](int64_t i, S grad) { return gradient.Total(param(i), grad); });
+  }
+  if (chunk.accumulator) {
+    return squares(
+        [&](int64_t i, S grad) { return gradient.Mean(grad, accumulated(i)); });
+  }
+  return squares([&](int64_t, S grad) { return gradient.Scaled(grad); });
+}
+
+template <class T>
+Sums PenaltySums(const void*, const Chunk& chunk) {
+  const FloatMode mode;
+  const T* param = static_cast<const T*>(chunk.param);
+  return AddUp(chunk.n, [&](int64_t i) {
+    const double p = Load(param[i]);
+    return Sums{Abs(p), p * p};
+  });
+}
+
+template <DType dtype>
+using TypeOf = typename Storage<dtype>::type;
+
 template <template <class> class Rule>
-constexpr SweepPerDType kSweeps = {
-#define DTYPE(name, Type) &SweepRule<Rule, Type>,
-#include "rules/dtypes.inc"
+constexpr SweepPerLayout kSweeps = {
+#define LAYOUT(Param, Slot) \
+  &SweepRule<Rule, TypeOf<k_##Param>, TypeOf<k_##Slot>>,
+#include "rules/layouts.inc"
+};
+
+template <template <class> class Rule>
+constexpr SumPerLayout kTrusts = {
+#define LAYOUT(Param, Slot) \
+  TrustOf<Rule, TypeOf<k_##Param>, TypeOf<k_##Slot>>(),
+#include "rules/layouts.inc"
 };
 
 constexpr Kernels kKernels = {WDOPS_ISA,
                               {
 #define RULE(name, Class) kSweeps<Class>,
 #include "rules/rules.inc"
+                              },
+                              {
+#define RULE(name, Class) kTrusts<Class>,
+#include "rules/rules.inc"
+                              },
+                              {
+#define DTYPE(name, Type) &GradientSums<Type>,
+#include "rules/dtypes.inc"
+                              },
+                              {
+#define DTYPE(name, Type) &PenaltySums<Type>,
+#include "rules/dtypes.inc"
                               }};
 
 }  // namespace

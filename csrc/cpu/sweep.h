@@ -1,4 +1,4 @@
-// The loop over memory of every rule and dtype, as a table of functions: what a
+// The loops over memory of every rule and dtype, as tables of functions: what a
 // library for one instruction set exports.
 #pragma once
 
@@ -8,17 +8,62 @@
 
 namespace wdops::cpu {
 
-// Steps `n` elements of one variable in place. `step` is a Step<Rule,
-// Compute<T>> made by RuleInfo::make_step; the arrays hold n elements each and
-// do not overlap.
-using Sweep = void (*)(const void* step, int64_t n, void* param,
-                       const void* grad, void* const* slots);
+// Elements of one variable that are swept at a time, the last time fewer: 28
+// bytes each for Adam in f32 make half of a usual L2. Sums are made over each
+// chunk and then over the chunks in their order, so that they depend on neither
+// threads nor instruction set.
+inline constexpr int64_t kChunk = 16384;
 
-using SweepPerDType = std::array<Sweep, kDTypeCount>;
+inline int64_t Chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
+
+// One chunk of one variable: arrays of n elements that do not overlap.
+struct Chunk {
+  int64_t
+      begin;  // of the chunk in the variable, in elements; divides by kChunk
+  int64_t n;
+  void* param;
+  const void* grad;
+  void* slot[kMaxSlots];
+  // Null where there are none.
+  void* accumulator;
+  void* average;
+};
+
+// Steps a chunk in place. `step` is a Step<Rule, Compute<T>> made by
+// RuleInfo::make_step.
+using Sweep = void (*)(const void* step, const Chunk&);
+
+// Sums of doubles over a chunk.
+struct Sums {
+  double a = 0, b = 0;
+};
+using Sum = Sums (*)(const void* step, const Chunk&);
+
+// LAMB's ratio, of the sums that Kernels::trust gives.
+inline double TrustRatio(const Sums& sums) {
+  return sums.a > 0 && sums.b > 0 ? std::sqrt(sums.a / sums.b) : 1;
+}
+
+// Whether every element was finite whose sums Kernels::gradient gives.
+inline bool IsFinite(const Sums& sums, DType dtype) {
+  return dtype == k_float64 ? sums.b == 0 : std::isfinite(sums.a);
+}
+
+using SweepPerLayout = std::array<Sweep, kLayoutCount>;
+using SumPerLayout = std::array<Sum, kLayoutCount>;
 
 struct Kernels {
   const char* isa;
-  std::array<SweepPerDType, kRuleCount> sweep;
+  std::array<SweepPerLayout, kRuleCount> sweep;
+  // Of the squares of the parameter behind its decay, and of the rule's
+  // Direction; null where it has none. Writes nothing.
+  std::array<SumPerLayout, kRuleCount> trust;
+  // a: of the squares of the gradient, with accumulator and penalty where there
+  // is a param; b: 0, or NaN if an element is not finite. `step` is that of any
+  // rule. Per dtype.
+  std::array<Sum, kDTypeCount> gradient;
+  // a: of |param|, b: of its squares. `step` is not read. Per dtype.
+  std::array<Sum, kDTypeCount> penalty;
 };
 
 }  // namespace wdops::cpu

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "cpu/dispatch.h"
 
 namespace py = pybind11;
@@ -16,85 +18,185 @@ std::vector<std::string> List(const Names& names) {
   return {names.begin(), names.end()};
 }
 
-// The elements of an array that a kernel may sweep as it is.
-void* Elements(const py::array& array, const std::string& name, DType dtype,
-               py::ssize_t n, bool written) {
+int FindDType(const py::array& array, const std::string& name) {
   const auto given = py::str(array.dtype()).cast<std::string>();
-  if (given != kDTypeNames[dtype]) {
-    throw py::value_error(name + " has dtype " + given + ", but param has " +
-                          kDTypeNames[dtype]);
-  }
-  if (array.size() != n) {
-    throw py::value_error(name + " has " + std::to_string(array.size()) +
-                          " elements, but param has " + std::to_string(n));
-  }
-  const bool aligned = py::cast<bool>(array.attr("flags").attr("aligned"));
-  if (!(array.flags() & py::array::c_style) || !aligned) {
-    throw py::value_error(name + " must be contiguous and aligned");
-  }
-  if (written && !array.writeable()) {
-    throw py::value_error(name + " must be writeable");
-  }
-  return const_cast<void*>(array.data());
-}
-
-void Apply(const std::string& rule_name, const py::array& param,
-           const std::vector<py::array>& slots, const py::array& grad,
-           const std::vector<double>& hyper) {
-  const RuleInfo* rule = nullptr;
-  for (const RuleInfo& r : kRules) {
-    if (rule_name == r.name) rule = &r;
-  }
-  if (!rule) throw py::value_error("unknown rule '" + rule_name + "'");
-  const auto given = py::str(param.dtype()).cast<std::string>();
   int dtype = 0;
   while (dtype < kDTypeCount && given != kDTypeNames[dtype]) ++dtype;
   if (dtype == kDTypeCount) {
-    throw py::value_error("param has dtype " + given +
+    throw py::value_error(name + " has dtype " + given +
                           ", but must have float32, float64, bfloat16 or "
                           "float16");
   }
-  if (static_cast<int>(slots.size()) != rule->slots.size) {
-    throw py::value_error(rule_name + " has " +
-                          std::to_string(rule->slots.size) + " slots, not " +
-                          std::to_string(slots.size()));
+  return dtype;
+}
+
+// The arrays of one step, each of which a kernel may sweep as it is.
+class Arrays {
+ public:
+  explicit Arrays(const py::array& first, const std::string& name)
+      : n_(first.size()), first_(name), dtype_(FindDType(first, name)) {}
+
+  DType dtype() const { return static_cast<DType>(dtype_); }
+  int64_t n() const { return n_; }
+
+  // Null where there is no array. `dtype`: what it must have.
+  char* Add(const std::optional<py::array>& given, const std::string& name,
+            int dtype, bool written) {
+    if (!given) return nullptr;
+    const py::array& array = *given;
+    const int own = FindDType(array, name);
+    if (own != dtype) {
+      throw py::value_error(name + " has dtype " + kDTypeNames[own] + ", but " +
+                            first_ + " has " + kDTypeNames[dtype_]);
+    }
+    if (array.size() != n_) {
+      throw py::value_error(name + " has " + std::to_string(array.size()) +
+                            " elements, but " + first_ + " has " +
+                            std::to_string(n_));
+    }
+    const bool aligned = py::cast<bool>(array.attr("flags").attr("aligned"));
+    if (!(array.flags() & py::array::c_style) || !aligned) {
+      throw py::value_error(name + " must be contiguous and aligned");
+    }
+    if (written && !array.writeable()) {
+      throw py::value_error(name + " must be writeable");
+    }
+    auto* data = static_cast<char*>(const_cast<void*>(array.data()));
+    // Two views of one buffer would be swept as if they were apart.
+    for (const auto& [begin, end] : ranges_) {
+      if (data < end && begin < data + array.nbytes()) {
+        throw py::value_error(name + " shares memory with another array");
+      }
+    }
+    ranges_.emplace_back(data, data + array.nbytes());
+    return data;
   }
-  const std::vector<std::string> names = HyperNames(*rule);
-  if (hyper.size() != names.size()) {
-    throw py::value_error(rule_name + " has " + std::to_string(names.size()) +
+
+ private:
+  int64_t n_;
+  std::string first_;
+  int dtype_;
+  std::vector<std::pair<char*, char*>> ranges_;
+};
+
+void CheckHypers(const std::vector<std::string>& names,
+                 const std::vector<double>& hyper) {
+  if (hyper.size() < names.size()) {
+    throw py::value_error("there are " + std::to_string(names.size()) +
                           " hyperparameters, not " +
                           std::to_string(hyper.size()));
   }
   const std::string error = HyperError(names, hyper.data());
   if (!error.empty()) throw py::value_error(error);
+}
 
-  const auto n = param.size();
-  std::vector<const char*> begins;
-  const auto elements = [&](const py::array& array, const std::string& name,
-                            bool written) {
-    void* data = Elements(array, name, static_cast<DType>(dtype), n, written);
-    // Two views of one buffer would be swept as if they were apart.
-    for (const char* begin : begins) {
-      const auto distance = static_cast<const char*>(data) - begin;
-      if (std::abs(distance) < n * kDTypeBytes[dtype]) {
-        throw py::value_error(name + " shares memory with another array");
-      }
-    }
-    begins.push_back(static_cast<const char*>(data));
-    return data;
-  };
-  void* param_data = elements(param, "param", true);
-  std::vector<void*> slot_data;
-  for (size_t k = 0; k < slots.size(); ++k) {
-    slot_data.push_back(elements(slots[k], rule->slots[k], true));
+// The sums that run(chunk) gives, over the chunks in their order.
+template <class Run>
+cpu::Sums ForChunks(int64_t n, const Run& run) {
+  cpu::Sums sums;
+  for (int64_t begin = 0; begin < n; begin += cpu::kChunk) {
+    const auto [a, b] = run(begin, std::min(cpu::kChunk, n - begin));
+    sums.a += a;
+    sums.b += b;
   }
-  const void* grad_data = elements(grad, "grad", false);
+  return sums;
+}
+
+char* Move(char* data, int64_t begin, int dtype) {
+  return data ? data + begin * kDTypeBytes[dtype] : nullptr;
+}
+
+void Apply(const std::string& rule_name, const py::array& param,
+           const std::vector<py::array>& slots, const py::array& grad,
+           const std::optional<py::array>& accumulator,
+           const std::optional<py::array>& average,
+           const std::vector<double>& hyper, bool scaled_proximal,
+           bool stochastic) {
+  const RuleInfo* rule = nullptr;
+  for (const RuleInfo& r : kRules) {
+    if (rule_name == r.name) rule = &r;
+  }
+  if (!rule) throw py::value_error("unknown rule '" + rule_name + "'");
+  if (static_cast<int>(slots.size()) != rule->slots.size) {
+    throw py::value_error(rule_name + " has " +
+                          std::to_string(rule->slots.size) + " slots, not " +
+                          std::to_string(slots.size()));
+  }
+  CheckHypers(HyperNames(rule), hyper);
+
+  Arrays arrays(param, "param");
+  const DType dtype = arrays.dtype();
+  DType slot_dtype = dtype;
+  if (!slots.empty()) {
+    slot_dtype = static_cast<DType>(FindDType(slots[0], rule->slots[0]));
+    // A dtype that does not fit is refused as one that is not the param's.
+    if (FindLayout(dtype, slot_dtype) == kLayoutCount) slot_dtype = dtype;
+  }
+  char* param_data = arrays.Add(param, "param", dtype, true);
+  char* slot_data[kMaxSlots] = {};
+  for (size_t k = 0; k < slots.size(); ++k) {
+    slot_data[k] = arrays.Add(slots[k], rule->slots[k], slot_dtype, true);
+  }
+  char* grad_data = arrays.Add(grad, "grad", dtype, false);
+  char* accumulated = arrays.Add(accumulator, "accumulator", dtype, true);
+  char* averaged = arrays.Add(average, "average", dtype, true);
+  const auto chunk_of = [&](int64_t begin, int64_t n) {
+    cpu::Chunk chunk{begin, n, Move(param_data, begin, dtype),
+                     Move(grad_data, begin, dtype)};
+    for (size_t k = 0; k < slots.size(); ++k) {
+      chunk.slot[k] = Move(slot_data[k], begin, slot_dtype);
+    }
+    chunk.accumulator = Move(accumulated, begin, dtype);
+    chunk.average = Move(averaged, begin, dtype);
+    return chunk;
+  };
 
   AnyStep step;
-  rule->make_step[dtype](hyper.data(), &step);
-  const cpu::Sweep sweep = cpu::ActiveKernels()->sweep[rule - kRules][dtype];
+  rule->make_step[dtype](hyper.data(), {scaled_proximal, stochastic}, &step);
+  const cpu::Kernels& kernels = *cpu::ActiveKernels();
+  const int layout = FindLayout(dtype, slot_dtype);
+  const size_t r = rule - kRules;
   py::gil_scoped_release release;
-  sweep(&step, n, param_data, grad_data, slot_data.data());
+  if (rule->trust) {
+    const auto sums = ForChunks(arrays.n(), [&](int64_t begin, int64_t n) {
+      return kernels.trust[r][layout](&step, chunk_of(begin, n));
+    });
+    rule->set_trust[dtype](&step, cpu::TrustRatio(sums));
+  }
+  ForChunks(arrays.n(), [&](int64_t begin, int64_t n) {
+    kernels.sweep[r][layout](&step, chunk_of(begin, n));
+    return cpu::Sums();
+  });
+}
+
+py::tuple NormOf(const py::array& grad, const std::optional<py::array>& param,
+                 const std::optional<py::array>& accumulator,
+                 std::vector<double> hyper) {
+  CheckHypers(HyperNames(nullptr), hyper);
+  hyper.resize(kStepHyperCount);
+  Arrays arrays(grad, "grad");
+  const DType dtype = arrays.dtype();
+  char* grad_data = arrays.Add(grad, "grad", dtype, false);
+  char* param_data = arrays.Add(param, "param", dtype, false);
+  char* accumulated = arrays.Add(accumulator, "accumulator", dtype, false);
+  AnyStep step;
+  kRules[0].make_step[dtype](hyper.data(), {}, &step);
+  const cpu::Kernels& kernels = *cpu::ActiveKernels();
+  const auto sums_of = [&](cpu::Sum sum) {
+    return ForChunks(arrays.n(), [&](int64_t begin, int64_t n) {
+      cpu::Chunk chunk{begin, n, Move(param_data, begin, dtype),
+                       Move(grad_data, begin, dtype)};
+      chunk.accumulator = Move(accumulated, begin, dtype);
+      return sum(&step, chunk);
+    });
+  };
+  const cpu::Sums gradient = sums_of(kernels.gradient[dtype]);
+  const cpu::Sums penalty =
+      param_data ? sums_of(kernels.penalty[dtype]) : cpu::Sums();
+  return py::make_tuple(
+      std::sqrt(gradient.a),
+      Term(hyper[kL1], penalty.a) + Term(hyper[kL2], penalty.b),
+      cpu::IsFinite(gradient, dtype));
 }
 
 PYBIND11_MODULE(_native, m) {
@@ -102,18 +204,26 @@ PYBIND11_MODULE(_native, m) {
   for (const RuleInfo& rule : kRules) {
     rules.append(py::dict("name"_a = rule.name, "op"_a = rule.op,
                           "slots"_a = List(rule.slots),
-                          "hypers"_a = HyperNames(rule)));
+                          "hypers"_a = HyperNames(&rule)));
   }
   m.attr("rules") = rules;
+  m.attr("gradient_hypers") = HyperNames(nullptr);
   py::dict minima;
   for (const Minimum& minimum : kMinima) {
     minima[minimum.hyper] = minimum.value;
   }
   m.attr("minima") = minima;
+  py::list layouts;
+  for (const Layout& layout : kLayouts) {
+    layouts.append(
+        py::make_tuple(kDTypeNames[layout.param], kDTypeNames[layout.slot]));
+  }
+  m.attr("layouts") = layouts;
   m.def("available_isas", &cpu::AvailableIsas);
   m.def("use_isa", &cpu::UseIsa);
   m.def("active_isa", [] { return cpu::ActiveKernels()->isa; });
   m.def("apply", &Apply);
+  m.def("norm", &NormOf);
 }
 
 }  // namespace

@@ -28,4 +28,12 @@ WDOPS_FN V SoftThreshold(V x, S threshold) {
                     Select(x < -threshold, -threshold, x));
 }
 
+// `x` within [-limit, limit]; a limit of 0 is none. NaN propagates.
+template <class S, class V>
+WDOPS_FN V ClipValue(V x, S limit) {
+  const V clipped = Select(x > limit, Like(x, 0) + limit,
+                           Select(x < -limit, Like(x, 0) - limit, x));
+  return Select(limit > 0, clipped, x);
+}
+
 }  // namespace wdops

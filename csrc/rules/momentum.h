@@ -20,11 +20,11 @@ struct Momentum {
       : lr(lr), momentum(hyper[0]), nesterov(hyper[1]) {}
 
   template <class V>
-  WDOPS_FN V operator()(V grad, V* slot) const {
+  WDOPS_FN V operator()(V param, V grad, V* slot) const {
     V& m = slot[0];
     const V descent = lr * grad;
     m = momentum * m - descent;
-    return -Select(nesterov != 0, momentum * m - descent, m);
+    return param + Select(nesterov != 0, momentum * m - descent, m);
   }
 };
 

@@ -32,7 +32,11 @@ WDOPS_FN V Like(V, double value) {
 
 WDOPS_FN float Sqrt(float x) { return sqrtf(x); }
 WDOPS_FN double Sqrt(double x) { return sqrt(x); }
+WDOPS_FN float Pow(float x, float y) { return powf(x, y); }
 WDOPS_FN double Pow(double x, double y) { return pow(x, y); }
+WDOPS_FN double Floor(double x) { return floor(x); }
+WDOPS_FN float Abs(float x) { return fabsf(x); }
+WDOPS_FN double Abs(double x) { return fabs(x); }
 
 // The larger of two, and NaN if either is: std::max drops a NaN on one side.
 template <class V>
@@ -86,15 +90,23 @@ WDOPS_FN float Load(float16 x) {
 WDOPS_FN void Store(float value, float* to) { *to = value; }
 WDOPS_FN void Store(double value, double* to) { *to = value; }
 
-// Both round to nearest, ties to even; a NaN stays a (quiet) NaN.
-WDOPS_FN void Store(float value, bfloat16* to) {
+// What to add to a float's bits before its lower half is cut off: this rounds
+// to nearest, ties to even, and 16 random bits round stochastically.
+WDOPS_FN uint32_t ToNearest(uint32_t bits) { return 0x7fff + (bits >> 16 & 1); }
+
+// A NaN stays a (quiet) NaN.
+WDOPS_FN void Store(float value, bfloat16* to, uint32_t addend) {
   const uint32_t bits = BitCast<uint32_t>(value);
-  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const uint32_t rounded = bits + addend;
   const uint32_t nan = bits | 0x00400000;
   const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
   to->bits = static_cast<uint16_t>((is_nan ? nan : rounded) >> 16);
 }
+WDOPS_FN void Store(float value, bfloat16* to) {
+  Store(value, to, ToNearest(BitCast<uint32_t>(value)));
+}
 
+// To nearest, ties to even.
 WDOPS_FN void Store(float value, float16* to) {
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffff;

@@ -15,8 +15,8 @@ struct Sgd {
   Sgd(D lr, const D*) : lr(lr) {}
 
   template <class V>
-  WDOPS_FN V operator()(V grad, V*) const {
-    return lr * grad;
+  WDOPS_FN V operator()(V param, V grad, V*) const {
+    return param - lr * grad;
   }
 };
 

@@ -1,45 +1,158 @@
 // One element's step, in the order of Keras: scale, penalty, clip, decay, rule,
-// proximal. It stands once, here.
+// proximal, average. It stands once, here.
 #pragma once
 
 #include "rules/decay.h"
+#include "rules/random.h"
 #include "rules/rule.h"
 
 namespace wdops {
 
-// The hyperparameters of every step, before those of the rule.
-inline constexpr Names kStepHypers = {
-    "lr", "grad_scale",   "clip_scale",  "l1",
-    "l2", "weight_decay", "proximal_l1", "proximal_l2"};
+// The hyperparameters of every step, before those of the rule: first those of
+// the gradient.
+enum StepHyper {
+  kGradScale,
+  kAccumulationScale,
+  kL1,
+  kL2,
+  kGradientHyperCount,
+  kClipScale = kGradientHyperCount,
+  kClipValue,
+  kLr,
+  kDecayLr,
+  kWeightDecay,
+  kProximalL1,
+  kProximalL2,
+  kEmaMomentum,
+  kEmaOverwrite,
+  kSeed,
+  kStepHyperCount
+};
+inline constexpr Names kStepHypers = {"grad_scale",
+                                      "accumulation_scale",
+                                      "l1",
+                                      "l2",
+                                      "clip_scale",
+                                      "clip_value",
+                                      "lr",
+                                      "decay_lr",
+                                      "weight_decay",
+                                      "proximal_l1",
+                                      "proximal_l2",
+                                      "ema_momentum",
+                                      "ema_overwrite",
+                                      "seed"};
+static_assert(kStepHypers.size == kStepHyperCount);
 
-// `l1` and `l2` are the coefficients of l1*sum|p| + l2*sum(p^2), and
-// `weight_decay` is times lr, as in Keras.
-template <template <class> class Rule, class S>
-struct Step {
+// What is chosen once, and not as a number that may change from step to step.
+struct StepOptions {
+  // The proximal step is taken in the metric of the rule's preconditioner:
+  // its lr is that of the element, where the rule has one.
+  bool scaled_proximal = false;
+  // bfloat16 is rounded stochastically and not to nearest.
+  bool stochastic = false;
+};
+
+// The gradient of the loss with its penalty l1*sum|p| + l2*sum(p^2), before it
+// is clipped.
+template <class S>
+struct Gradient {
+  S scale, accumulation_scale, l1, l2_slope;
+
+  template <class D>
+  explicit Gradient(const D* hyper)
+      : scale(hyper[kAccumulationScale] * hyper[kGradScale]),
+        accumulation_scale(hyper[kAccumulationScale]),
+        l1(hyper[kL1]),
+        l2_slope(2 * hyper[kL2]) {}
+
+  template <class V>
+  WDOPS_FN V Scaled(V grad) const {
+    return scale * grad;
+  }
+  template <class V>
+  WDOPS_FN V Mean(V grad, V accumulator) const {
+    return scale * grad + accumulation_scale * accumulator;
+  }
+  template <class V>
+  WDOPS_FN V Penalty(V param) const {
+    return Term(l1, Sign(param)) + Term(l2_slope, param);
+  }
+  template <class V>
+  WDOPS_FN V Total(V param, V grad) const {
+    return Scaled(grad) + Penalty(param);
+  }
+  template <class V>
+  WDOPS_FN V Total(V param, V grad, V accumulator) const {
+    return Mean(grad, accumulator) + Penalty(param);
+  }
+};
+
+// U is the type of random bits: uint32_t, or its HLO.
+template <template <class> class Rule, class S, class U = uint32_t>
+struct Step : Gradient<S> {
   static constexpr int kSlots = Rule<S>::kSlots.size;
-  S grad_scale, clip_scale, l1, l2_slope, decay, threshold, shrink;
+  StepOptions options;
+  S clip_scale, clip_value, decay, threshold, proximal_l1, shrink, slope,
+      ema_momentum, ema_rest, ema_overwrite;
+  Key<U> key;
   Rule<S> rule;
 
   // `hyper`: kStepHypers, then Rule::kHypers.
   template <class D>
-  explicit Step(const D* hyper)
-      : grad_scale(hyper[1]),
-        clip_scale(hyper[2]),
-        l1(hyper[3]),
-        l2_slope(2 * hyper[4]),
-        decay(hyper[0] * hyper[5]),
-        threshold(hyper[0] * hyper[6]),
-        shrink(1 / (1 + 2 * hyper[0] * hyper[7])),
-        rule(hyper[0], hyper + kStepHypers.size) {}
+  Step(const D* hyper, StepOptions options)
+      : Gradient<S>(hyper),
+        options(options),
+        clip_scale(hyper[kClipScale]),
+        clip_value(hyper[kClipValue]),
+        decay(hyper[kDecayLr] * hyper[kWeightDecay]),
+        threshold(hyper[kLr] * hyper[kProximalL1]),
+        proximal_l1(hyper[kProximalL1]),
+        shrink(1 / (1 + 2 * hyper[kLr] * hyper[kProximalL2])),
+        slope(2 * hyper[kProximalL2]),
+        ema_momentum(hyper[kEmaMomentum]),
+        ema_rest(1 - hyper[kEmaMomentum]),
+        ema_overwrite(hyper[kEmaOverwrite]),
+        key(MakeKey<U>(hyper[kSeed])),
+        rule(hyper[kLr], hyper + kStepHyperCount) {}
 
   template <class V>
-  WDOPS_FN void operator()(V& param, V grad, V* slot) const {
-    V g = grad_scale * grad;
-    g = g + Term(l1, Sign(param)) + Term(l2_slope, param);
-    g = clip_scale * g;
-    V p = param - Term(decay, param);
-    p = p - rule(g, slot);
-    param = shrink * SoftThreshold(p, threshold);
+  WDOPS_FN V Clip(V g) const {
+    return ClipValue(clip_scale * g, clip_value);
+  }
+  template <class V>
+  WDOPS_FN V Decay(V param) const {
+    return param - Term(decay, param);
+  }
+  template <bool kScaled, class V>
+  WDOPS_FN V Proximal(V p, const V* slot) const {
+    if constexpr (kScaled) {
+      const V rate = rule.Rate(slot);
+      return SoftThreshold(p, rate * proximal_l1) / (1 + rate * slope);
+    } else {
+      return shrink * SoftThreshold(p, threshold);
+    }
+  }
+
+  // What most steps are.
+  template <class V>
+  WDOPS_FN void Plain(V& param, V grad, V* slot) const {
+    const V g = Clip(this->Total(param, grad));
+    param = Proximal<false>(rule(Decay(param), g, slot), slot);
+  }
+
+  // The same with accumulated gradients, and the choice of the metric of the
+  // proximal step. The caller empties the accumulator.
+  template <bool kScaled, class V>
+  WDOPS_FN void Full(V& param, V grad, V* slot, V accumulator) const {
+    const V g = Clip(this->Total(param, grad, accumulator));
+    param = Proximal<kScaled>(rule(Decay(param), g, slot), slot);
+  }
+
+  template <class V>
+  WDOPS_FN void Average(V& param, V& average) const {
+    average = ema_momentum * average + ema_rest * param;
+    param = Select(ema_overwrite != 0, average, param);
   }
 };
 

@@ -34,6 +34,35 @@ inline constexpr int kDTypeBytes[] = {
 #include "rules/dtypes.inc"
 };
 
+struct Layout {
+  DType param, slot;
+};
+inline constexpr Layout kLayouts[] = {
+#define LAYOUT(Param, Slot) {k_##Param, k_##Slot},
+#include "rules/layouts.inc"
+};
+inline constexpr int kLayoutCount = std::size(kLayouts);
+
+// The index of a layout; kLayoutCount if there is none.
+inline int FindLayout(DType param, DType slot) {
+  int layout = 0;
+  while (layout < kLayoutCount &&
+         (kLayouts[layout].param != param || kLayouts[layout].slot != slot)) {
+    ++layout;
+  }
+  return layout;
+}
+
+// The C++ types of the table of dtypes, by its names.
+template <DType>
+struct Storage;
+#define DTYPE(name, Type)    \
+  template <>                \
+  struct Storage<k_##name> { \
+    using type = Type;       \
+  };
+#include "rules/dtypes.inc"
+
 // Room for a Step of any rule, in either type.
 struct alignas(16) AnyStep {
   std::byte bytes[256];
@@ -43,16 +72,26 @@ struct RuleInfo {
   const char* name;
   const char* op;  // of TensorFlow
   Names slots, hypers;
+  // Whether it wants SetTrust before it is swept.
+  bool trust;
   // Makes the constants of a step, per dtype, from kStepHypers and `hypers` in
   // one array.
-  std::array<void (*)(const double* hyper, AnyStep* step), kDTypeCount>
+  std::array<void (*)(const double* hyper, StepOptions, AnyStep*), kDTypeCount>
       make_step;
+  std::array<void (*)(AnyStep*, double trust), kDTypeCount> set_trust;
 };
 
 template <template <class> class Rule, class S>
-void MakeStep(const double* hyper, AnyStep* step) {
+void MakeStep(const double* hyper, StepOptions options, AnyStep* step) {
   static_assert(sizeof(Step<Rule, S>) <= sizeof(AnyStep));
-  new (step->bytes) Step<Rule, S>(hyper);
+  new (step->bytes) Step<Rule, S>(hyper, options);
+}
+
+template <template <class> class Rule, class S>
+void SetTrust(AnyStep* step, double trust) {
+  if constexpr (kHasTrust<Rule<S>>) {
+    reinterpret_cast<Step<Rule, S>*>(step->bytes)->rule.trust = trust;
+  }
 }
 
 template <template <class> class Rule>
@@ -61,8 +100,13 @@ constexpr RuleInfo MakeRuleInfo(const char* name, const char* op) {
           op,
           Rule<float>::kSlots,
           Rule<float>::kHypers,
+          kHasTrust<Rule<float>>,
           {
 #define DTYPE(name, Type) &MakeStep<Rule, Compute<Type>>,
+#include "rules/dtypes.inc"
+          },
+          {
+#define DTYPE(name, Type) &SetTrust<Rule, Compute<Type>>,
 #include "rules/dtypes.inc"
           }};
 }
@@ -78,14 +122,18 @@ struct Minimum {
   const char* hyper;
   double value;
 };
-inline constexpr Minimum kMinima[] = {{"l1", 0},           {"l2", 0},
-                                      {"weight_decay", 0}, {"proximal_l1", 0},
-                                      {"proximal_l2", 0},  {"step", 1}};
+inline constexpr Minimum kMinima[] = {
+    {"l1", 0},           {"l2", 0},          {"clip_value", 0},
+    {"weight_decay", 0}, {"proximal_l1", 0}, {"proximal_l2", 0},
+    {"ema_momentum", 0}, {"seed", 0},        {"step", 1}};
 
-// All hyperparameters of a rule, in the order of make_step's array.
-inline std::vector<std::string> HyperNames(const RuleInfo& rule) {
-  std::vector<std::string> names(kStepHypers.begin(), kStepHypers.end());
-  names.insert(names.end(), rule.hypers.begin(), rule.hypers.end());
+// All hyperparameters of a rule, in the order of make_step's array; without a
+// rule, those of the gradient, which come first there.
+inline std::vector<std::string> HyperNames(const RuleInfo* rule) {
+  const char* const* begin = kStepHypers.begin();
+  if (!rule) return {begin, begin + kGradientHyperCount};
+  std::vector<std::string> names(begin, kStepHypers.end());
+  names.insert(names.end(), rule->hypers.begin(), rule->hypers.end());
   return names;
 }
 
@@ -106,11 +154,12 @@ inline std::string HyperError(const std::vector<std::string>& names,
       }
     }
     // A scale that is NaN tells of a gradient that is, and goes where it goes.
-    const bool scale = names[i] == "grad_scale" || names[i] == "clip_scale";
+    const bool scale = i == kGradScale || i == kClipScale;
     if (!std::isfinite(hyper[i]) && !scale) return is + ", but must be finite";
   }
-  if (hyper[0] < 0 && (hyper[6] > 0 || hyper[7] > 0)) {
-    return "lr is " + ToString(hyper[0]) +
+  if (names.size() > kLr && hyper[kLr] < 0 &&
+      (hyper[kProximalL1] > 0 || hyper[kProximalL2] > 0)) {
+    return "lr is " + ToString(hyper[kLr]) +
            ", but must not be negative beside proximal_l1 or proximal_l2";
   }
   return "";

@@ -26,6 +26,14 @@ struct Hlo {
   friend Hlo operator*(Hlo a, Hlo b) { return {xla::Mul(a.op, b.op)}; }
   friend Hlo operator/(Hlo a, Hlo b) { return {xla::Div(a.op, b.op)}; }
   friend Hlo operator-(Hlo a) { return {xla::Neg(a.op)}; }
+  friend Hlo operator^(Hlo a, Hlo b) { return {xla::Xor(a.op, b.op)}; }
+  friend Hlo operator&(Hlo a, Hlo b) { return {xla::And(a.op, b.op)}; }
+  friend Hlo operator>>(Hlo a, int bits) {
+    return {xla::ShiftRightLogical(a.op, Like(a, bits).op)};
+  }
+  friend Hlo operator+(Hlo a, double b) { return a + Like(a, b); }
+  friend Hlo operator*(Hlo a, double b) { return a * Like(a, b); }
+  friend Hlo operator/(Hlo a, double b) { return a / Like(a, b); }
   friend Hlo operator+(double a, Hlo b) { return Like(b, a) + b; }
   friend Hlo operator-(double a, Hlo b) { return Like(b, a) - b; }
   friend Hlo operator*(double a, Hlo b) { return Like(b, a) * b; }
@@ -40,8 +48,15 @@ struct Hlo {
   friend Hlo<bool> operator!=(Hlo a, double b) { return a != Like(a, b); }
 
   friend Hlo Like(Hlo like, double value) {
-    return {xla::ScalarLike(like.op, value)};
+    // XLA makes no integer constant of a double.
+    if constexpr (std::is_integral_v<T>) {
+      return {xla::ScalarLike(like.op, static_cast<int64_t>(value))};
+    } else {
+      return {xla::ScalarLike(like.op, value)};
+    }
   }
+  friend Hlo Abs(Hlo x) { return {xla::Abs(x.op)}; }
+  friend Hlo Floor(Hlo x) { return {xla::Floor(x.op)}; }
   friend Hlo Sqrt(Hlo x) { return {xla::Sqrt(x.op)}; }
   friend Hlo Pow(Hlo x, Hlo y) { return {xla::Pow(x.op, y.op)}; }
 };

@@ -1,6 +1,7 @@
-"""The fused ops: `apply_<rule>` for every rule, each one op and one pass over memory for a whole list of variables.
+"""The fused ops, each one op and one pass over memory for a whole list of variables.
 
-The names, arguments and defaults are those of `wdops.reference`, which also says what each op computes.
+`apply_<rule>` is the step of every rule; `norms` and `global_norm` are what clipping needs. The names, arguments and
+defaults are those of `wdops.reference`, which also says what each op computes.
 """
 
 import numbers
@@ -56,24 +57,46 @@ def _hyper(name: str, value: Any) -> tf.Tensor:
         raise ValueError(f"{name} must be a number, a tensor or a vector of numbers, but is {value!r}") from error
 
 
+def _targets(given: dict[str, Any], n: int) -> dict[str, list[tf.Tensor]]:
+    """The handles of lists of variables, each of length n; an empty list where there is none."""
+    handles = {name: [] if given[name] is None else _handles(name, given[name]) for name in given}
+    for name, values in handles.items():
+        if len(values) != n and given[name] is not None:
+            raise ValueError(f"{name} has {len(values)} entries, but {next(iter(given))} has {n}")
+    return handles
+
+
 def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[str]) -> Callable[..., Any]:
     signature = rule.signature
 
-    def apply(*args: Any, **kwargs: Any) -> None:
+    def apply(*args: Any, **kwargs: Any) -> tf.Tensor | None:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         arguments = given.arguments
-        targets = {n: _handles(n, arguments[n]) for n in ("var", *rule.slots)}
+        n = len(reference.as_list(arguments["var"]))
+        targets = _targets({name: arguments[name] for name in ("var", *rule.slots, "accumulator", "average")}, n)
         grads = reference.as_list(arguments["grad"])
-        n = len(targets["var"])
-        for name, values in [*targets.items(), ("grad", grads)]:
-            if len(values) != n:
-                raise ValueError(f"{name} has {len(values)} entries, but var has {n}")
+        if len(grads) != n:
+            raise ValueError(f"grad has {len(grads)} entries, but var has {n}")
+        report = arguments["report_penalty"]
         if n == 0:
-            return
+            return tf.zeros(0, tf.float64) if report else None
         grads = [_gradient(i, grad) for i, grad in enumerate(grads)]
-        hypers = {name: _hyper(name, arguments[name]) for name in hyper_names}
-        op(**targets, grad=grads, **hypers, name=arguments["name"])
+        stochastic = arguments["seed"] is not None
+        values = {name: arguments[name] for name in hyper_names}
+        values |= {} if stochastic else {"seed": 0}
+        values |= {} if values["decay_lr"] is not None else {"decay_lr": values["lr"]}
+        hypers = {name: _hyper(name, value) for name, value in values.items()}
+        penalty = op(
+            **targets,
+            grad=grads,
+            **hypers,
+            scaled_proximal=arguments["scaled_proximal"],
+            stochastic=stochastic,
+            report_penalty=report,
+            name=arguments["name"],
+        )
+        return penalty if report else None
 
     return reference.document(apply, rule)
 
@@ -83,3 +106,27 @@ for _rule in reference.RULES.values():
     globals()[f"apply_{_rule.name}"] = _make_apply(
         _rule, getattr(raw_ops, f"wdops_apply_{_rule.name}"), _hyper_names[_rule.name]
     )
+
+
+def norms(
+    grad: Any, var: Any = None, *, accumulator: Any = None, name: str | None = None, **hypers: Any
+) -> reference.Norms:
+    unknown = set(hypers) - set(reference.GRADIENT_DEFAULTS)
+    if unknown:
+        raise TypeError(f"norms() got an unexpected keyword argument {min(unknown)!r}")
+    grads = [_gradient(i, g) for i, g in enumerate(reference.as_list(grad))]
+    targets = _targets({"grad": None, "var": var, "accumulator": accumulator}, len(grads))
+    del targets["grad"]
+    if not grads:
+        return reference.Norms(tf.zeros(0, tf.float64), tf.zeros(0, tf.float64), tf.constant(True))
+    values = {n: _hyper(n, x) for n, x in (reference.GRADIENT_DEFAULTS | hypers).items()}
+    return reference.Norms(*raw_ops.wdops_norms(**targets, grad=grads, **values, name=name))
+
+
+def global_norm(grad: Any, var: Any = None, **arguments: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    norm, _, finite = norms(grad, var, **arguments)
+    return tf.norm(norm), finite
+
+
+norms.__doc__ = reference.norms.__doc__
+global_norm.__doc__ = reference.global_norm.__doc__

@@ -1,7 +1,7 @@
 """The oracle: every rule in plain float64 TensorFlow, written from its paper and not from the C++.
 
 `RULES` also is where the Python name, the defaults and the documentation of a rule stand; `wdops.ops` takes them from
-here. `apply_<rule>` of this module does what `wdops.ops.apply_<rule>` does, slowly.
+here. `apply_<rule>`, `norms` and `global_norm` of this module do what those of `wdops.ops` do, slowly.
 """
 
 from __future__ import annotations
@@ -9,46 +9,75 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+# The hyperparameters of every step; None: decay_lr is lr, and without a seed all rounding is to nearest.
 STEP_DEFAULTS = {
     "grad_scale": 1.0,
-    "clip_scale": 1.0,
+    "accumulation_scale": 1.0,
     "l1": 0.0,
     "l2": 0.0,
+    "clip_scale": 1.0,
+    "clip_value": 0.0,
+    "decay_lr": None,
     "weight_decay": 0.0,
     "proximal_l1": 0.0,
     "proximal_l2": 0.0,
+    "ema_momentum": 0.99,
+    "ema_overwrite": False,
+    "seed": None,
 }
+GRADIENT_DEFAULTS = {name: STEP_DEFAULTS[name] for name in ("grad_scale", "accumulation_scale", "l1", "l2")}
+# What else a call takes; these are no hyperparameters.
+CALL_DEFAULTS = {"accumulator": None, "average": None, "scaled_proximal": False, "report_penalty": False, "name": None}
 
 _STEP_DOC = """
 
     In the order of Keras, with p the variable and `rule` the update above:
 
-        g  = grad_scale * grad
-        g  = clip_scale * (g + l1*sign(p) + 2*l2*p)
-        p' = p - lr*weight_decay*p - rule(g)
-        p' = sign(p') * max(|p'| - lr*proximal_l1, 0) / (1 + 2*lr*proximal_l2)
+        g  = accumulation_scale * (grad_scale*grad + accumulator)           accumulator' = 0
+        g  = clip(clip_scale * (g + l1*sign(p) + 2*l2*p), -clip_value, clip_value)
+        p' = rule(p - decay_lr*weight_decay*p, g)
+        p' = sign(p') * max(|p'| - rate*proximal_l1, 0) / (1 + 2*rate*proximal_l2)
+        average' = ema_momentum*average + (1 - ema_momentum)*p'             if ema_overwrite: p' = average'
 
     float16, bfloat16 and float32 are computed in float32, float64 in float64; subnormal floats count as 0.
 
     Args:
       var: the `tf.Variable` or `keras.Variable` to update, of dtype float32, float64, bfloat16 or float16, or a list
         of variables, of mixed dtypes if need be. A list is one op.{slots}
+        The slots of a float32 variable may be bfloat16, and those of a bfloat16 or float16 variable float32.
       grad: the gradient of each variable: a tensor of its shape and dtype.
       lr: the learning rate. This and every other hyperparameter is a number, a scalar tensor or variable, or a vector
         with one entry for each variable. It is read when the op runs: a new value never retraces.{hypers}
-      grad_scale: multiplies the gradient before all else, to unscale a loss or to average. Default 1.
-      clip_scale: multiplies the gradient with its penalty, to clip it. Default 1.
+      grad_scale: multiplies the gradient before all else, to unscale a loss. Default 1.
+      accumulation_scale: multiplies the gradient or, where there is an accumulator, the sum of both, to make a mean of
+        it. Default 1.
       l1, l2: coefficients of the penalty l1*sum|p| + l2*sum(p^2), as in `keras.regularizers.L1L2`: its gradient is
         added to `grad`. sign(0) is 0. PyTorch's coupled `weight_decay` and `tf.nn.l2_loss` are 2*l2. Default 0.
-      weight_decay: decoupled decay, times lr, as in Keras and PyTorch's AdamW (not as in TensorFlow Addons, which
-        does not multiply by lr). Default 0.
-      proximal_l1, proximal_l2: coefficients of the same penalty as a proximal step: lr*proximal_l1 is the threshold
+      clip_scale: multiplies the gradient with its penalty, to clip it by a norm. Default 1.
+      clip_value: the largest magnitude of an element of the gradient with its penalty; 0 is none. Default 0.
+      decay_lr: what weight_decay is multiplied by. Default: lr, as in Keras and PyTorch's AdamW. 1 is what TensorFlow
+        Addons do, and a schedule without its base rate is what Loshchilov and Hutter do.
+      weight_decay: decoupled decay. Default 0.
+      proximal_l1, proximal_l2: coefficients of the same penalty as a proximal step: rate*proximal_l1 is the threshold
         under which an element becomes an exact 0. Default 0.
+      ema_momentum: how much of the average is kept, if there is one. Default 0.99.
+      ema_overwrite: whether the variable takes the value of its average at the end. Default False.
+      seed: a whole number from 0 to 2^53, for all variables or for each, which should change from step to step: then
+        what is stored in bfloat16 is rounded stochastically, by bits that are a hash of the seed and the element's
+        place, so that changes far below the last bit are kept on average. Default None: to nearest.
+      accumulator: sums of earlier gradients, like var, which are added to `grad` and set to 0. Default None.
+      average: the moving averages of the variables, like var. Default None.
+      scaled_proximal: the rate of the proximal step. False: lr. True: lr times the element's own preconditioner, as
+        in proximal Adagrad (Duchi et al., 2011) and ProxGen (Yun et al., arXiv:2103.05725); {rate}. Default False.
+      report_penalty: whether to return the penalty. Default False.
       name: of the op.
+
+    Returns:
+      With `report_penalty`, l1*sum|p'| + l2*sum(p'^2) of each variable behind the step: a float64 vector. Else None.
 
     Raises:
       ValueError, tf.errors.InvalidArgumentError: lists of unequal length, a shape or dtype that is not the variable's,
@@ -65,20 +94,27 @@ class Rule:
 
     name: str
     update: Callable[..., tuple[tf.Tensor, ...]]
+    rate: Callable[..., tf.Tensor] | None = None
 
     @property
     def slots(self) -> tuple[str, ...]:
         parameters = inspect.signature(self.update).parameters.values()
-        return tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)[1:]
+        return tuple(p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD)[2:]
+
+    @property
+    def hypers(self) -> dict[str, Any]:
+        """The rule's own hyperparameters, lr among them, with their defaults; inspect.Parameter.empty: none."""
+        parameters = inspect.signature(self.update).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
 
     @property
     def signature(self) -> inspect.Signature:
-        """That of `apply_<rule>`: var, slots, grad, then the hyperparameters by keyword."""
-        own = [p for p in inspect.signature(self.update).parameters.values() if p.kind == p.KEYWORD_ONLY]
-        step = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in STEP_DEFAULTS.items()]
+        """That of `apply_<rule>`: var, slots, grad, then the rest by keyword."""
         tensors = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("var", *self.slots, "grad")]
-        name = inspect.Parameter("name", inspect.Parameter.KEYWORD_ONLY, default=None)
-        return inspect.Signature([*tensors, *own, *step, name])
+        rest = self.hypers | STEP_DEFAULTS | CALL_DEFAULTS
+        return inspect.Signature(
+            [*tensors, *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in rest.items())]
+        )
 
     @property
     def summary(self) -> str:
@@ -90,35 +126,53 @@ class Rule:
         """The rule's own docstring, with its `Slots:` and `Hyperparameters:` sorted in among those of every step."""
         arguments = (self.update.__doc__ or "").partition("\n    Slots:")[2]
         slots, _, hypers = arguments.partition("\n    Hyperparameters:")
-        return self.summary + _STEP_DOC.format(slots=slots.rstrip(), hypers=hypers.rstrip())
+        rate = f"here {self.rate.__doc__}" if self.rate else "this rule has none, and True is as False"
+        return self.summary + _STEP_DOC.format(slots=slots.rstrip(), hypers=hypers.rstrip(), rate=rate)
 
 
 RULES: dict[str, Rule] = {}
 
 
 def rule(update: Callable[..., tuple[tf.Tensor, ...]]) -> Callable[..., tuple[tf.Tensor, ...]]:
-    """Enters `update(grad, *slots, *, lr, ...)`, which returns the update and the new slots, as a rule."""
+    """Enters `update(param, grad, *slots, *, lr, ...)`, which returns the new param and slots, as a rule."""
     RULES[update.__name__] = Rule(update.__name__, update)
     return update
 
 
+def rate_of(*names: str) -> Callable[[Callable[..., tf.Tensor]], Callable[..., tf.Tensor]]:
+    """Enters `rate(slots, hypers)`, of the new slots by name, as the elements' own learning rate in those rules."""
+
+    def enter(rate: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+        for name in names:
+            RULES[name] = Rule(name, RULES[name].update, rate)
+        return rate
+
+    return enter
+
+
 @rule
-def sgd(grad: tf.Tensor, *, lr: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def sgd(param: tf.Tensor, grad: tf.Tensor, *, lr: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """Gradient descent: the plain step of `keras.optimizers.SGD`.
 
-    rule(g) = lr*g
+    rule(p, g) = p - lr*g
     """
-    return (lr * grad,)
+    return (param - lr * grad,)
 
 
 @rule
 def momentum(
-    grad: tf.Tensor, m: tf.Tensor, *, lr: tf.Tensor, momentum: tf.Tensor = 0.9, nesterov: tf.Tensor = False
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    m: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    momentum: tf.Tensor = 0.9,
+    nesterov: tf.Tensor = False,
 ) -> tuple[tf.Tensor, ...]:
     """Gradient descent with momentum (Polyak, 1964), and Nesterov's (Sutskever et al., ICML 2013).
 
-        m'      = momentum*m - lr*g
-        rule(g) = -m'                       or, with nesterov,  lr*g - momentum*m'
+        m'         = momentum*m - lr*g
+        rule(p, g) = p + m'                 or, with nesterov,  p + momentum*m' - lr*g
 
     As in Keras, lr is inside m. PyTorch keeps m' = momentum*m + g and multiplies by lr afterwards, so the two differ
     where lr changes from step to step.
@@ -130,15 +184,39 @@ def momentum(
       nesterov: whether to look ahead. Default False.
     """
     m = momentum * m - lr * grad
-    return tf.where(tf.cast(nesterov, tf.bool), lr * grad - momentum * m, -m), m
+    return param + tf.where(tf.cast(nesterov, tf.bool), momentum * m - lr * grad, m), m
+
+
+def rounded(x: tf.Tensor) -> tf.Tensor:
+    """`x`: marks an intermediate that a kernel rounds and then cancels, for the bound that the tests make."""
+    return x
+
+
+def _moments(
+    grad: tf.Tensor, m: tf.Tensor, v: tf.Tensor, beta1: tf.Tensor, beta2: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    return beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2
 
 
 def _adam_step_size(lr: tf.Tensor, beta1: tf.Tensor, beta2: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
     return lr * tf.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
+_BETAS_DOC = """beta1, beta2: how much of m and v is kept. Default 0.9 and 0.999.
+      epsilon: default 1e-7.
+      step: the number of this step, from 1 on."""
+
+
+def _with_betas(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Puts the hyperparameters that Adam's descendants share into the docstring."""
+    update.__doc__ = (update.__doc__ or "").replace("{betas}", _BETAS_DOC)
+    return update
+
+
 @rule
+@_with_betas
 def adam(
+    param: tf.Tensor,
     grad: tf.Tensor,
     m: tf.Tensor,
     v: tf.Tensor,
@@ -151,9 +229,9 @@ def adam(
 ) -> tuple[tf.Tensor, ...]:
     """Adam (Kingma and Ba, arXiv:1412.6980); with `weight_decay` it is AdamW (arXiv:1711.05101).
 
-        m'      = beta1*m + (1 - beta1)*g
-        v'      = beta2*v + (1 - beta2)*g^2
-        rule(g) = lr * sqrt(1 - beta2^step)/(1 - beta1^step) * m' / (sqrt(v') + epsilon)
+        m'         = beta1*m + (1 - beta1)*g
+        v'         = beta2*v + (1 - beta2)*g^2
+        rule(p, g) = p - lr * sqrt(1 - beta2^step)/(1 - beta1^step) * m' / (sqrt(v') + epsilon)
 
     As in Keras, epsilon is the paper's "epsilon hat", added before the bias of v is corrected; PyTorch adds it after,
     and has 1e-8. Keras forms beta^step and 1 - beta2^step in the dtype of the variable, which for float32 is off by
@@ -162,17 +240,22 @@ def adam(
     Slots:
       m, v: the first and second moment, like var.
     Hyperparameters:
-      beta1, beta2: how much of m and v is kept. Default 0.9 and 0.999.
-      epsilon: default 1e-7.
-      step: the number of this step, from 1 on.
+      {betas}
     """
-    m = beta1 * m + (1 - beta1) * grad
-    v = beta2 * v + (1 - beta2) * grad**2
-    return _adam_step_size(lr, beta1, beta2, step) * m / (tf.sqrt(v) + epsilon), m, v
+    m, v = _moments(grad, m, v, beta1, beta2)
+    return param - _adam_step_size(lr, beta1, beta2, step) * m / (tf.sqrt(v) + epsilon), m, v
+
+
+@rate_of("adam")
+def _adam_rate(slots: dict[str, tf.Tensor], h: dict[str, tf.Tensor]) -> tf.Tensor:
+    """lr * sqrt(1 - beta2^step) / (sqrt(v') + epsilon)"""
+    return h["lr"] * tf.sqrt(1 - h["beta2"] ** h["step"]) / (tf.sqrt(slots["v"]) + h["epsilon"])
 
 
 @rule
+@_with_betas
 def amsgrad(
+    param: tf.Tensor,
     grad: tf.Tensor,
     m: tf.Tensor,
     v: tf.Tensor,
@@ -186,22 +269,478 @@ def amsgrad(
 ) -> tuple[tf.Tensor, ...]:
     """AMSGrad (Reddi et al., arXiv:1904.09237), in the form of Keras: Adam with the largest v that was ever seen.
 
-        m'      = beta1*m + (1 - beta1)*g
-        v'      = beta2*v + (1 - beta2)*g^2
-        vhat'   = max(vhat, v')
-        rule(g) = lr * sqrt(1 - beta2^step)/(1 - beta1^step) * m' / (sqrt(vhat') + epsilon)
+        m'         = beta1*m + (1 - beta1)*g
+        v'         = beta2*v + (1 - beta2)*g^2
+        vhat'      = max(vhat, v')
+        rule(p, g) = p - lr * sqrt(1 - beta2^step)/(1 - beta1^step) * m' / (sqrt(vhat') + epsilon)
 
     Slots:
       m, v, vhat: the first and second moment and the largest second moment, like var.
     Hyperparameters:
-      beta1, beta2: how much of m and v is kept. Default 0.9 and 0.999.
-      epsilon: default 1e-7.
-      step: the number of this step, from 1 on.
+      {betas}
+    """
+    m, v = _moments(grad, m, v, beta1, beta2)
+    vhat = tf.maximum(vhat, v)
+    return param - _adam_step_size(lr, beta1, beta2, step) * m / (tf.sqrt(vhat) + epsilon), m, v, vhat
+
+
+@rate_of("amsgrad")
+def _amsgrad_rate(slots: dict[str, tf.Tensor], h: dict[str, tf.Tensor]) -> tf.Tensor:
+    """lr * sqrt(1 - beta2^step) / (sqrt(vhat') + epsilon)"""
+    return _adam_rate({"v": slots["vhat"]}, h)
+
+
+@rule
+@_with_betas
+def nadam(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    m: tf.Tensor,
+    v: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    beta1: tf.Tensor = 0.9,
+    beta2: tf.Tensor = 0.999,
+    epsilon: tf.Tensor = 1e-7,
+    step: tf.Tensor,
+    u_product: tf.Tensor,
+) -> tuple[tf.Tensor, ...]:
+    """Nadam (Dozat, ICLR workshop 2016), in the form of Keras: Adam with Nesterov's momentum.
+
+        u_t        = beta1 * (1 - 0.96^t / 2)
+        m'         = beta1*m + (1 - beta1)*g
+        v'         = beta2*v + (1 - beta2)*g^2
+        m_hat      = u_(step+1)*m' / (1 - u_product*u_(step+1)) + (1 - u_step)*g / (1 - u_product)
+        rule(p, g) = p - lr * m_hat / (sqrt(v' / (1 - beta2^step)) + epsilon)
+
+    Slots:
+      m, v: the first and second moment, like var.
+    Hyperparameters:
+      {betas}
+      u_product: u_1 * ... * u_step.
+    """
+    m, v = _moments(grad, m, v, beta1, beta2)
+    u = beta1 * (1 - tf.constant(0.96, tf.float64) ** step / 2)
+    next_u = beta1 * (1 - tf.constant(0.96, tf.float64) ** (step + 1) / 2)
+    m_hat = next_u * m / (1 - u_product * next_u) + (1 - u) * grad / (1 - u_product)
+    return param - lr * m_hat / (tf.sqrt(v / (1 - beta2**step)) + epsilon), m, v
+
+
+@rate_of("nadam")
+def _nadam_rate(slots: dict[str, tf.Tensor], h: dict[str, tf.Tensor]) -> tf.Tensor:
+    """lr / (sqrt(v' / (1 - beta2^step)) + epsilon)"""
+    return h["lr"] / (tf.sqrt(slots["v"] / (1 - h["beta2"] ** h["step"])) + h["epsilon"])
+
+
+@rule
+@_with_betas
+def adamax(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    m: tf.Tensor,
+    v: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    beta1: tf.Tensor = 0.9,
+    beta2: tf.Tensor = 0.999,
+    epsilon: tf.Tensor = 1e-7,
+    step: tf.Tensor,
+) -> tuple[tf.Tensor, ...]:
+    """Adamax (Kingma and Ba, arXiv:1412.6980, section 7.1), with Keras's epsilon: Adam in the infinity norm.
+
+        m'         = beta1*m + (1 - beta1)*g
+        v'         = max(beta2*v, |g|)
+        rule(p, g) = p - lr/(1 - beta1^step) * m' / (v' + epsilon)
+
+    Slots:
+      m, v: the first moment, and the weighted infinity norm (u in the paper), like var.
+    Hyperparameters:
+      {betas}
     """
     m = beta1 * m + (1 - beta1) * grad
+    v = tf.maximum(beta2 * v, tf.abs(grad))
+    return param - lr / (1 - beta1**step) * m / (v + epsilon), m, v
+
+
+@rate_of("adamax")
+def _adamax_rate(slots: dict[str, tf.Tensor], h: dict[str, tf.Tensor]) -> tf.Tensor:
+    """lr / (v' + epsilon)"""
+    return h["lr"] / (slots["v"] + h["epsilon"])
+
+
+def _lamb_direction(
+    m: tf.Tensor, v: tf.Tensor, beta1: tf.Tensor, beta2: tf.Tensor, epsilon: tf.Tensor, step: tf.Tensor
+) -> tf.Tensor:
+    return rounded(m / (1 - beta1**step)) / (rounded(tf.sqrt(v / (1 - beta2**step))) + epsilon)
+
+
+def _lamb_ratio(param: tf.Tensor, direction: tf.Tensor) -> tf.Tensor:
+    norms = tf.norm(param), tf.norm(direction)
+    return tf.where((norms[0] > 0) & (norms[1] > 0), norms[0] / norms[1], 1)
+
+
+@rule
+@_with_betas
+def lamb(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    m: tf.Tensor,
+    v: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    beta1: tf.Tensor = 0.9,
+    beta2: tf.Tensor = 0.999,
+    epsilon: tf.Tensor = 1e-7,
+    step: tf.Tensor,
+) -> tuple[tf.Tensor, ...]:
+    """LAMB (You et al., arXiv:1904.00962), in the form of Keras: Adam's direction in the length of the variable.
+
+        m'         = beta1*m + (1 - beta1)*g
+        v'         = beta2*v + (1 - beta2)*g^2
+        u          = m'/(1 - beta1^step) / (sqrt(v'/(1 - beta2^step)) + epsilon)
+        rule(p, g) = p - lr * |p|/|u| * u,     where either norm is 0: p - lr*u
+
+    The norms are those of the whole variable, p behind its decay, summed in double. The paper adds weight_decay*p to
+    u and bounds |p|; Keras does neither.
+
+    Slots:
+      m, v: the first and second moment, like var.
+    Hyperparameters:
+      {betas}
+    """
+    m, v = _moments(grad, m, v, beta1, beta2)
+    direction = _lamb_direction(m, v, beta1, beta2, epsilon, step)
+    return param - rounded(lr * _lamb_ratio(param, direction)) * rounded(direction), m, v
+
+
+@rule
+def schedule_free_adam(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    z: tf.Tensor,
+    v: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    beta1: tf.Tensor = 0.9,
+    beta2: tf.Tensor = 0.999,
+    epsilon: tf.Tensor = 1e-8,
+    step: tf.Tensor,
+) -> tuple[tf.Tensor, ...]:
+    """Schedule-Free Adam (Defazio et al., arXiv:2405.15682), in the form of Keras: all steps weigh alike.
+
+        v'         = beta2*v + (1 - beta2)*g^2
+        z'         = z - lr * g / (sqrt(v'/(1 - beta2^step)) + epsilon)
+        x          = (p - (1 - beta1)*z) / beta1
+        x'         = (1 - 1/step)*x + z'/step
+        rule(p, g) = (1 - beta1)*z' + beta1*x'
+
+    Slots:
+      z: where the gradients go; it starts at the value of the variable. Like var.
+      v: the second moment, like var.
+    Hyperparameters:
+      beta1, beta2: how far p is from z to x, and how much of v is kept. Default 0.9 and 0.999.
+      epsilon: default 1e-8.
+      step: the number of this step, from 1 on.
+    """
     v = beta2 * v + (1 - beta2) * grad**2
-    vhat = tf.maximum(vhat, v)
-    return _adam_step_size(lr, beta1, beta2, step) * m / (tf.sqrt(vhat) + epsilon), m, v, vhat
+    new_z = z - lr * grad / (tf.sqrt(v / (1 - beta2**step)) + epsilon)
+    x = rounded(param - rounded((1 - beta1) * z)) / beta1
+    x = rounded((1 - 1 / step) * x + rounded(new_z / step))
+    return rounded((1 - beta1) * new_z) + beta1 * x, new_z, v
+
+
+rate_of("schedule_free_adam")(_nadam_rate)
+
+
+@rule
+def lion(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    m: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    beta1: tf.Tensor = 0.9,
+    beta2: tf.Tensor = 0.99,
+) -> tuple[tf.Tensor, ...]:
+    """Lion (Chen et al., arXiv:2302.06675): the sign of an interpolated momentum.
+
+        rule(p, g) = p - lr * sign(beta1*m + (1 - beta1)*g)
+        m'         = beta2*m + (1 - beta2)*g
+
+    sign(0) is 0, as in the paper.
+
+    Slots:
+      m: the momentum, like var.
+    Hyperparameters:
+      beta1, beta2: how much of m is in the update, and is kept. Default 0.9 and 0.99.
+    """
+    return param - lr * tf.sign(beta1 * m + (1 - beta1) * grad), beta2 * m + (1 - beta2) * grad
+
+
+def _root_of_variance(v: tf.Tensor, mean: tf.Tensor, epsilon: tf.Tensor) -> tf.Tensor:
+    return tf.sqrt(tf.maximum(v - mean**2, 0) + epsilon)
+
+
+@rule
+def rmsprop(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    v: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    rho: tf.Tensor = 0.9,
+    epsilon: tf.Tensor = 1e-7,
+) -> tuple[tf.Tensor, ...]:
+    """RMSprop (Tieleman and Hinton, 2012), in the form of Keras: epsilon stands under the root.
+
+        v'         = rho*v + (1 - rho)*g^2
+        rule(p, g) = p - lr * g / sqrt(v' + epsilon)
+
+    Slots:
+      v: the second moment, like var.
+    Hyperparameters:
+      rho: how much of v is kept. Default 0.9.
+      epsilon: default 1e-7.
+    """
+    v = rho * v + (1 - rho) * grad**2
+    return param - lr * grad / tf.sqrt(v + epsilon), v
+
+
+@rule
+def rmsprop_momentum(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    v: tf.Tensor,
+    m: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    rho: tf.Tensor = 0.9,
+    epsilon: tf.Tensor = 1e-7,
+    momentum: tf.Tensor = 0.9,
+) -> tuple[tf.Tensor, ...]:
+    """RMSprop with momentum, in the form of Keras.
+
+        v'         = rho*v + (1 - rho)*g^2
+        m'         = momentum*m + lr * g / sqrt(v' + epsilon)
+        rule(p, g) = p - m'
+
+    Slots:
+      v, m: the second moment and the momentum, like var.
+    Hyperparameters:
+      rho, momentum: how much of v and m is kept. Default 0.9.
+      epsilon: default 1e-7.
+    """
+    v = rho * v + (1 - rho) * grad**2
+    m = momentum * m + lr * grad / tf.sqrt(v + epsilon)
+    return param - m, v, m
+
+
+@rule
+def centered_rmsprop(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    v: tf.Tensor,
+    mean: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    rho: tf.Tensor = 0.9,
+    epsilon: tf.Tensor = 1e-7,
+) -> tuple[tf.Tensor, ...]:
+    """RMSprop by the variance (Graves, arXiv:1308.0850), in the form of Keras.
+
+        v'         = rho*v + (1 - rho)*g^2
+        mean'      = rho*mean + (1 - rho)*g
+        rule(p, g) = p - lr * g / sqrt(max(v' - mean'^2, 0) + epsilon)
+
+    Keras has no max there: where rounding makes the variance less than -epsilon, it gives NaN.
+
+    Slots:
+      v, mean: the second and first moment, like var.
+    Hyperparameters:
+      rho: how much of v and mean is kept. Default 0.9.
+      epsilon: default 1e-7.
+    """
+    v, mean = rho * v + (1 - rho) * grad**2, rho * mean + (1 - rho) * grad
+    return param - lr * grad / _root_of_variance(v, mean, epsilon), v, mean
+
+
+@rule
+def centered_rmsprop_momentum(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    v: tf.Tensor,
+    mean: tf.Tensor,
+    m: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    rho: tf.Tensor = 0.9,
+    epsilon: tf.Tensor = 1e-7,
+    momentum: tf.Tensor = 0.9,
+) -> tuple[tf.Tensor, ...]:
+    """RMSprop by the variance (Graves, arXiv:1308.0850) with momentum, in the form of Keras.
+
+        v'         = rho*v + (1 - rho)*g^2
+        mean'      = rho*mean + (1 - rho)*g
+        m'         = momentum*m + lr * g / sqrt(max(v' - mean'^2, 0) + epsilon)
+        rule(p, g) = p - m'
+
+    Slots:
+      v, mean, m: the second and first moment and the momentum, like var.
+    Hyperparameters:
+      rho, momentum: how much of v and mean, and of m, is kept. Default 0.9.
+      epsilon: default 1e-7.
+    """
+    v, mean = rho * v + (1 - rho) * grad**2, rho * mean + (1 - rho) * grad
+    m = momentum * m + lr * grad / _root_of_variance(v, mean, epsilon)
+    return param - m, v, mean, m
+
+
+@rate_of("rmsprop", "rmsprop_momentum")
+def _rmsprop_rate(slots: dict[str, tf.Tensor], h: dict[str, tf.Tensor]) -> tf.Tensor:
+    """lr / sqrt(v' + epsilon)"""
+    return h["lr"] / tf.sqrt(slots["v"] + h["epsilon"])
+
+
+@rate_of("centered_rmsprop", "centered_rmsprop_momentum")
+def _centered_rmsprop_rate(slots: dict[str, tf.Tensor], h: dict[str, tf.Tensor]) -> tf.Tensor:
+    """lr / sqrt(max(v' - mean'^2, 0) + epsilon)"""
+    return h["lr"] / _root_of_variance(slots["v"], slots["mean"], h["epsilon"])
+
+
+@rule
+def adagrad(
+    param: tf.Tensor, grad: tf.Tensor, v: tf.Tensor, *, lr: tf.Tensor, epsilon: tf.Tensor = 1e-7
+) -> tuple[tf.Tensor, ...]:
+    """Adagrad (Duchi, Hazan and Singer, JMLR 2011), in the form of Keras: epsilon stands under the root.
+
+        v'         = v + g^2
+        rule(p, g) = p - lr * g / sqrt(v' + epsilon)
+
+    Slots:
+      v: the sum of squares, like var; Keras starts it at 0.1.
+    Hyperparameters:
+      epsilon: default 1e-7.
+    """
+    v = v + grad**2
+    return param - lr * grad / tf.sqrt(v + epsilon), v
+
+
+rate_of("adagrad")(_rmsprop_rate)
+
+
+@rule
+def adadelta(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    v: tf.Tensor,
+    v_delta: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    rho: tf.Tensor = 0.95,
+    epsilon: tf.Tensor = 1e-7,
+) -> tuple[tf.Tensor, ...]:
+    """Adadelta (Zeiler, arXiv:1212.5701), with Keras's lr.
+
+        v'         = rho*v + (1 - rho)*g^2
+        delta      = sqrt(v_delta + epsilon) / sqrt(v' + epsilon) * g
+        v_delta'   = rho*v_delta + (1 - rho)*delta^2
+        rule(p, g) = p - lr * delta
+
+    Slots:
+      v, v_delta: the second moments of the gradient and of the update, like var.
+    Hyperparameters:
+      rho: how much of v and v_delta is kept. Default 0.95.
+      epsilon: default 1e-7.
+    """
+    v = rho * v + (1 - rho) * grad**2
+    delta = tf.sqrt(v_delta + epsilon) / tf.sqrt(v + epsilon) * grad
+    return param - lr * delta, v, rho * v_delta + (1 - rho) * delta**2
+
+
+def _ftrl(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    v: tf.Tensor,
+    z: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    l1_strength: tf.Tensor,
+    l2_strength: tf.Tensor,
+    l2_shrinkage: tf.Tensor,
+    beta: tf.Tensor,
+    lr_power: tf.Tensor,
+) -> tuple[tf.Tensor, ...]:
+    new_v = v + grad**2
+    sigma = (rounded(new_v**-lr_power) - rounded(v**-lr_power)) / lr
+    z = z + rounded(grad + rounded(2 * l2_shrinkage * param) - rounded(sigma * param))
+    curvature = (beta + new_v**-lr_power) / lr + 2 * l2_strength
+    return -tf.sign(z) * tf.maximum(tf.abs(z) - l1_strength, 0) / curvature, new_v, z
+
+
+@rule
+def ftrl(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    v: tf.Tensor,
+    z: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    l1_strength: tf.Tensor = 0.0,
+    l2_strength: tf.Tensor = 0.0,
+    l2_shrinkage: tf.Tensor = 0.0,
+    beta: tf.Tensor = 0.0,
+) -> tuple[tf.Tensor, ...]:
+    """FTRL-Proximal (McMahan et al., KDD 2013, algorithm 1), in the form of Keras.
+
+        v'         = v + g^2
+        z'         = z + g + 2*l2_shrinkage*p - (sqrt(v') - sqrt(v))/lr * p
+        rule(p, g) = -sign(z') * max(|z'| - l1_strength, 0) / ((beta + sqrt(v'))/lr + 2*l2_strength)
+
+    The paper's lambda_1 is l1_strength, its lambda_2 is 2*l2_strength; l2_shrinkage is TensorFlow's and 0 there.
+
+    Slots:
+      v, z: the sum of squares (n in the paper; Keras starts it at 0.1), and the linear term, like var.
+    Hyperparameters:
+      l1_strength, l2_strength: of the penalty that the rule itself solves for, with exact zeros. Default 0.
+      l2_shrinkage: of a penalty whose gradient is not in v. Default 0.
+      beta: default 0.
+    """
+    return _ftrl(
+        param, grad, v, z, lr=lr, l1_strength=l1_strength, l2_strength=l2_strength, l2_shrinkage=l2_shrinkage,
+        beta=beta, lr_power=tf.constant(-0.5, tf.float64),
+    )  # fmt: skip
+
+
+@rule
+def ftrl_power(
+    param: tf.Tensor,
+    grad: tf.Tensor,
+    v: tf.Tensor,
+    z: tf.Tensor,
+    *,
+    lr: tf.Tensor,
+    l1_strength: tf.Tensor = 0.0,
+    l2_strength: tf.Tensor = 0.0,
+    l2_shrinkage: tf.Tensor = 0.0,
+    beta: tf.Tensor = 0.0,
+    lr_power: tf.Tensor = -0.5,
+) -> tuple[tf.Tensor, ...]:
+    """FTRL-Proximal with any power of the accumulator, as Keras and TensorFlow have it; slower than `ftrl`.
+
+        v'         = v + g^2
+        z'         = z + g + 2*l2_shrinkage*p - (v'^-lr_power - v^-lr_power)/lr * p
+        rule(p, g) = -sign(z') * max(|z'| - l1_strength, 0) / ((beta + v'^-lr_power)/lr + 2*l2_strength)
+
+    Slots:
+      v, z: the sum of squares and the linear term, like var.
+    Hyperparameters:
+      l1_strength, l2_strength, l2_shrinkage, beta: as for `ftrl`. Default 0.
+      lr_power: at most 0. Default -0.5.
+    """
+    return _ftrl(
+        param, grad, v, z, lr=lr, l1_strength=l1_strength, l2_strength=l2_strength, l2_shrinkage=l2_shrinkage,
+        beta=beta, lr_power=lr_power,
+    )  # fmt: skip
 
 
 def to_float64(x: Any) -> tf.Tensor:
@@ -221,19 +760,111 @@ def penalty_gradient(param: tf.Tensor, l1: Any, l2: Any) -> tf.Tensor:
     return tf.cast(l1, param.dtype) * tf.sign(param) + tf.cast(2 * l2, param.dtype) * param
 
 
-def step(rule_name: str, param: Any, slots: Sequence[Any], grad: Any, **hypers: Any) -> tuple[tf.Tensor, ...]:
-    """One step of one variable in float64: returns the new param and the new slots, unrounded.
+def penalty(param: tf.Tensor, l1: Any, l2: Any) -> tf.Tensor:
+    """l1*sum|param| + l2*sum(param^2), in float64."""
+    param = to_float64(param)
+    return to_float64(l1) * tf.reduce_sum(tf.abs(param)) + to_float64(l2) * tf.reduce_sum(param**2)
 
-    `param`, `slots` and `grad` are tensors or arrays of any floating dtype; `hypers` are scalars.
+
+def _gradient(param: Any, grad: tf.Tensor, accumulator: Any, h: dict[str, tf.Tensor]) -> tf.Tensor:
+    g = h["grad_scale"] * grad
+    if accumulator is not None:
+        g = g + to_float64(accumulator)
+    g = h["accumulation_scale"] * g
+    return g if param is None else g + penalty_gradient(param, h["l1"], h["l2"])
+
+
+def step(
+    rule_name: str,
+    param: Any,
+    slots: Sequence[Any],
+    grad: Any,
+    *,
+    accumulator: Any = None,
+    average: Any = None,
+    scaled_proximal: bool = False,
+    **hypers: Any,
+) -> tuple[tf.Tensor, ...]:
+    """One step of one variable in float64: the new param, the new slots and, if there is one, the average; unrounded.
+
+    `param`, `slots`, `grad`, `accumulator` and `average` are tensors or arrays of any floating dtype; `hypers` are
+    scalars.
     """
+    rule = RULES[rule_name]
     p, g, *slots = (to_float64(x) for x in (param, grad, *slots))
-    h = {n: to_float64(x) for n, x in {**STEP_DEFAULTS, **hypers}.items()}
-    own = {n: x for n, x in h.items() if n not in STEP_DEFAULTS}
-    g = h["clip_scale"] * (h["grad_scale"] * g + penalty_gradient(p, h["l1"], h["l2"]))
-    update, *slots = RULES[rule_name].update(g, *slots, **own)
-    p = p - h["lr"] * h["weight_decay"] * p - update
-    p = tf.sign(p) * tf.maximum(tf.abs(p) - h["lr"] * h["proximal_l1"], 0)
-    return p / (1 + 2 * h["lr"] * h["proximal_l2"]), *slots
+    given = STEP_DEFAULTS | {n: d for n, d in rule.hypers.items() if d is not inspect.Parameter.empty} | hypers
+    h = {n: to_float64(x) for n, x in given.items() if x is not None}
+    g = h["clip_scale"] * _gradient(p, g, accumulator, h)
+    g = tf.where(h["clip_value"] > 0, tf.clip_by_value(g, -h["clip_value"], h["clip_value"]), g)
+    p = p - h.get("decay_lr", h["lr"]) * h["weight_decay"] * p
+    p, *slots = rule.update(p, g, *slots, **{n: h[n] for n in rule.hypers})
+    rate = h["lr"]
+    if scaled_proximal and rule.rate:
+        rate = rule.rate(dict(zip(rule.slots, slots, strict=True)), h)
+    p = tf.sign(p) * tf.maximum(tf.abs(p) - rate * h["proximal_l1"], 0) / (1 + 2 * rate * h["proximal_l2"])
+    if average is None:
+        return p, *slots
+    average = h["ema_momentum"] * to_float64(average) + (1 - h["ema_momentum"]) * p
+    return tf.where(h["ema_overwrite"] != 0, average, p), *slots, average
+
+
+class Norms(NamedTuple):
+    """What `norms` returns."""
+
+    norm: tf.Tensor
+    penalty: tf.Tensor
+    finite: tf.Tensor
+
+
+def norms(grad: Any, var: Any = None, *, accumulator: Any = None, name: str | None = None, **hypers: Any) -> Norms:
+    """The norm of every gradient with its penalty, in one read; what clipping needs.
+
+        g       = accumulation_scale * (grad_scale*grad + accumulator) + l1*sign(p) + 2*l2*p
+        norm    = sqrt(sum(g^2))
+        penalty = l1*sum|p| + l2*sum(p^2)
+
+    Sums are made in double over a fixed tree: the same bits for every number of threads, and no square overflows.
+
+    Args:
+      grad: a tensor of dtype float32, float64, bfloat16 or float16, or a list of them.
+      var: the variables of the gradients; without them there is no penalty. Default None.
+      accumulator: sums of earlier gradients, like var; they are only read. Default None.
+      grad_scale, accumulation_scale, l1, l2: as in `apply_sgd`. Default 1, 1, 0, 0.
+      name: of the op.
+
+    Returns:
+      `Norms(norm, penalty, finite)`: two float64 vectors with one entry for each gradient, and whether every element
+      of every g is finite, a bool scalar.
+
+    Raises:
+      ValueError, tf.errors.InvalidArgumentError: as `apply_sgd`.
+    """
+    return _norms(grad, var, accumulator, hypers)
+
+
+def _norms(grad: Any, var: Any, accumulator: Any, hypers: dict[str, Any]) -> Norms:
+    unknown = set(hypers) - set(GRADIENT_DEFAULTS)
+    if unknown:
+        raise TypeError(f"norms() got an unexpected keyword argument {min(unknown)!r}")
+    hypers = {n: to_float64(x) for n, x in (GRADIENT_DEFAULTS | hypers).items()}
+    found = []
+    for i, g in enumerate(as_list(grad)):
+        h = {n: x if len(x.shape) == 0 else x[i] for n, x in hypers.items()}
+        param = None if var is None else to_float64(as_list(var)[i])
+        total = _gradient(param, to_float64(g), None if accumulator is None else as_list(accumulator)[i], h)
+        of_param = 0.0 if param is None else penalty(param, h["l1"], h["l2"])
+        found.append((tf.norm(total), to_float64(of_param), tf.reduce_all(tf.math.is_finite(total))))
+    norm, penalties, finite = (tf.stack(x) for x in zip(*found, strict=True))
+    return Norms(norm, penalties, tf.reduce_all(finite))
+
+
+def global_norm(grad: Any, var: Any = None, **arguments: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """The norm of all gradients together, and whether all are finite; a float64 and a bool scalar.
+
+    Takes the arguments of `norms`.
+    """
+    norm, _, finite = norms(grad, var, **arguments)
+    return tf.norm(norm), finite
 
 
 def as_list(x: Any) -> list[Any]:
@@ -241,18 +872,30 @@ def as_list(x: Any) -> list[Any]:
     return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
-def _make_apply(rule: Rule) -> Callable[..., None]:
-    def apply(*args: Any, **kwargs: Any) -> None:
+def _make_apply(rule: Rule) -> Callable[..., Any]:
+    def apply(*args: Any, **kwargs: Any) -> tf.Tensor | None:
         given = rule.signature.bind(*args, **kwargs)
         given.apply_defaults()
-        arguments = given.arguments.items()
-        hypers = {n: to_float64(x) for n, x in arguments if n not in ("var", "grad", "name", *rule.slots)}
-        targets = [as_list(given.arguments[n]) for n in ("var", *rule.slots)]
-        for i, grad in enumerate(as_list(given.arguments["grad"])):
-            scalars = {n: x if len(x.shape) == 0 else x[i] for n, x in hypers.items()}
-            param, *slots = (target[i] for target in targets)
-            for variable, value in zip((param, *slots), step(rule.name, param, slots, grad, **scalars), strict=True):
-                variable.assign(tf.cast(value, variable.dtype))
+        arguments = given.arguments
+        names = [n for n in (*rule.hypers, *STEP_DEFAULTS) if arguments[n] is not None]
+        hypers = {n: to_float64(arguments[n]) for n in names}
+        lists = [n for n in ("var", *rule.slots, "accumulator", "average") if arguments[n] is not None]
+        targets = {n: as_list(arguments[n]) for n in lists}
+        penalties = []
+        for i, grad in enumerate(as_list(arguments["grad"])):
+            h = {n: x if len(x.shape) == 0 else x[i] for n, x in hypers.items()}
+            of = {n: target[i] for n, target in targets.items()}
+            values = step(
+                rule.name, of["var"], [of[n] for n in rule.slots], grad, accumulator=of.get("accumulator"),
+                average=of.get("average"), scaled_proximal=arguments["scaled_proximal"], **h,
+            )  # fmt: skip
+            written = ["var", *rule.slots, *(["average"] if "average" in of else [])]
+            for name, value in zip(written, values, strict=True):
+                of[name].assign(tf.cast(value, of[name].dtype))
+            if "accumulator" in of:
+                of["accumulator"].assign(tf.zeros_like(of["accumulator"]))
+            penalties.append(penalty(of["var"], h["l1"], h["l2"]))
+        return tf.stack(penalties) if arguments["report_penalty"] else None
 
     return document(apply, rule)
 

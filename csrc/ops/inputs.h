@@ -1,0 +1,184 @@
+// The inputs of the ops, and the checks that CPU kernels, shape functions and
+// XLA lowerings share.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "rules/table.h"
+#include "tensorflow/core/framework/tensor_shape.h"
+#include "tensorflow/core/framework/types.h"
+#include "tensorflow/core/platform/errors.h"
+
+namespace wdops {
+
+inline const RuleInfo* FindRule(const std::string& op) {
+  for (const RuleInfo& rule : kRules) {
+    if (op == rule.op) return &rule;
+  }
+  return nullptr;
+}
+
+inline DType FromTensorFlow(tensorflow::DataType dtype) {
+  switch (dtype) {
+    case tensorflow::DT_FLOAT:
+      return k_float32;
+    case tensorflow::DT_DOUBLE:
+      return k_float64;
+    case tensorflow::DT_BFLOAT16:
+      return k_bfloat16;
+    case tensorflow::DT_HALF:
+      return k_float16;
+    default:
+      return kDTypeCount;
+  }
+}
+
+// Where each input of an op stands: lists of n entries each, of which the last
+// are the gradients and those before are variables, then the hyperparameters.
+// A list that is not given has no place.
+struct Inputs {
+  int n = 0;
+  std::vector<std::string> lists;
+  std::vector<std::string> hypers;
+  int slots = 0;                       // lists 1 to `slots` are slots
+  int accumulator = -1, average = -1;  // the index of a list, or -1
+
+  int At(int list, int i) const { return list * n + i; }
+  int Grad(int i) const { return Resources() + i; }
+  int Hyper(int j) const { return Grad(n) + j; }
+  // The variables are the inputs from 0 on.
+  int Resources() const { return (lists.size() - 1) * n; }
+  // As a message names it: "m[3]".
+  std::string Name(int input) const {
+    return lists[input / n] + "[" + std::to_string(input % n) + "]";
+  }
+};
+
+// Takes the attributes that `get(name, &value)` knows: N and T, and how many
+// accumulators and averages there are: none or N. Without a rule it is the op
+// of norms, whose variables are optional too.
+template <class Get>
+absl::Status MakeInputs(const RuleInfo* rule, const Get& get, Inputs* inputs,
+                        std::vector<tensorflow::DataType>* dtypes) {
+  TF_RETURN_IF_ERROR(get("T", dtypes));
+  const auto check = [&](const char* name, int entries) {
+    if (entries == static_cast<int>(dtypes->size())) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(
+        "grad has ", dtypes->size(), " entries, but ", name, " has ", entries));
+  };
+  const auto optional = [&](const char* attr, const char* name,
+                            int* place) -> absl::Status {
+    int entries;
+    TF_RETURN_IF_ERROR(get(attr, &entries));
+    if (entries == 0) return absl::OkStatus();
+    *place = inputs->lists.size();
+    inputs->lists.push_back(name);
+    return check(name, entries);
+  };
+  inputs->n = dtypes->size();
+  inputs->hypers = HyperNames(rule);
+  int var = -1;
+  if (rule) {
+    int n;
+    TF_RETURN_IF_ERROR(get("N", &n));
+    TF_RETURN_IF_ERROR(check("var", n));
+    inputs->lists = {"var"};
+    inputs->lists.insert(inputs->lists.end(), rule->slots.begin(),
+                         rule->slots.end());
+    inputs->slots = rule->slots.size;
+  } else {
+    TF_RETURN_IF_ERROR(optional("V", "var", &var));
+  }
+  TF_RETURN_IF_ERROR(optional("A", "accumulator", &inputs->accumulator));
+  if (rule) TF_RETURN_IF_ERROR(optional("E", "average", &inputs->average));
+  inputs->lists.push_back("grad");
+  return absl::OkStatus();
+}
+
+inline bool Agree(const tensorflow::TensorShape& a,
+                  const tensorflow::TensorShape& b) {
+  return a == b;
+}
+inline bool Agree(const tensorflow::PartialTensorShape& a,
+                  const tensorflow::PartialTensorShape& b) {
+  return a.IsCompatibleWith(b);
+}
+
+// Dtype and shape of a tensor, or of the value of a variable. DT_INVALID: not
+// known yet.
+template <class Shape>
+struct Spec {
+  tensorflow::DataType dtype;
+  Shape shape;
+};
+
+// The layout of variable i. `dtype_of(input)` is a DataType.
+template <class DTypeOf>
+int LayoutOf(const Inputs& inputs, int i, const DTypeOf& dtype_of) {
+  return FindLayout(
+      FromTensorFlow(dtype_of(i)),
+      FromTensorFlow(dtype_of(inputs.slots ? inputs.At(1, i) : i)));
+}
+
+// Whether everything that belongs to a variable has its shape, and its dtype;
+// slots may all have another dtype of a layout. `spec_of(input)` is a Spec.
+template <class SpecOf>
+absl::Status CheckTensors(const Inputs& inputs, const SpecOf& spec_of) {
+  for (int i = 0; i < inputs.n; ++i) {
+    const auto& var = spec_of(i);
+    for (size_t list = 1; list < inputs.lists.size(); ++list) {
+      const int input = inputs.At(list, i);
+      const auto& other = spec_of(input);
+      const bool known = other.dtype != tensorflow::DT_INVALID &&
+                         var.dtype != tensorflow::DT_INVALID;
+      const bool slot = list <= static_cast<size_t>(inputs.slots);
+      bool fits = other.dtype == var.dtype;
+      if (slot && known) {
+        fits = other.dtype == spec_of(inputs.At(1, i)).dtype &&
+               FindLayout(FromTensorFlow(var.dtype),
+                          FromTensorFlow(other.dtype)) < kLayoutCount;
+      }
+      if (known && !fits) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            inputs.Name(input), " has dtype ",
+            tensorflow::DataTypeString(other.dtype), ", but ", inputs.Name(i),
+            " has dtype ", tensorflow::DataTypeString(var.dtype)));
+      }
+      if (!Agree(other.shape, var.shape)) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            inputs.Name(input), " has shape ", other.shape.DebugString(),
+            ", but ", inputs.Name(i), " has shape ", var.shape.DebugString()));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Whether every hyperparameter is a scalar or has one entry per variable;
+// `scalars`: whether all are scalars. `shape_of(input)` is a TensorShape.
+template <class ShapeOf>
+absl::Status CheckHypers(const Inputs& inputs, const ShapeOf& shape_of,
+                         bool* scalars) {
+  *scalars = true;
+  for (size_t j = 0; j < inputs.hypers.size(); ++j) {
+    const tensorflow::TensorShape& shape = shape_of(inputs.Hyper(j));
+    if (shape.dims() == 0) continue;
+    *scalars = false;
+    if (shape.dims() != 1 || shape.dim_size(0) != inputs.n) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          inputs.hypers[j], " has shape ", shape.DebugString(),
+          ", but must be a scalar or have one entry for each of the ", inputs.n,
+          " variables"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+inline absl::Status ListedTwice(const Inputs& inputs, int first, int second) {
+  return absl::InvalidArgumentError(
+      absl::StrCat(inputs.Name(first), " and ", inputs.Name(second),
+                   " are the same variable; each may be listed once"));
+}
+
+}  // namespace wdops

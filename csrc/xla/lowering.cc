@@ -1,0 +1,326 @@
+// The ops under jit_compile=True: the functors of rules/ build the HLO, and XLA
+// fuses it. One file, because XLA's headers take half a minute to compile.
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "ops/inputs.h"
+#include "tensorflow/compiler/tf2xla/type_util.h"
+#include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "tensorflow/compiler/tf2xla/xla_op_registry.h"
+#include "xla/hlo.h"
+#include "xla/hlo/builder/lib/arithmetic.h"
+#include "xla/shape_util.h"
+
+namespace wdops {
+namespace {
+
+using tensorflow::DataType;
+using tensorflow::TensorShape;
+using tensorflow::XlaOpKernelContext;
+
+// The sum of all elements, made in double.
+template <class T>
+Hlo<double> SumOf(Hlo<T> x) {
+  const auto wide = static_cast<Hlo<double>>(x);
+  xla::XlaBuilder* builder = x.op.builder();
+  return {xla::ReduceAll(wide.op, xla::ConstantR0<double>(builder, 0),
+                         xla::CreateScalarAddComputation(xla::F64, builder))};
+}
+
+template <class T>
+Hlo<double> SquaresOf(Hlo<T> x) {
+  const auto wide = static_cast<Hlo<double>>(x);
+  return SumOf(wide * wide);
+}
+
+Hlo<double> PenaltyOf(Hlo<double> l1, Hlo<double> l2, Hlo<double> param) {
+  return Term(l1, SumOf(Abs(param))) + Term(l2, SquaresOf(param));
+}
+
+// What the lowerings share: inputs, checks, and reading of variables.
+class Lowering : public tensorflow::XlaOpKernel {
+ public:
+  Lowering(tensorflow::OpKernelConstruction* ctx, const RuleInfo* rule)
+      : XlaOpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, MakeInputs(
+                            rule,
+                            [&](const char* attr, auto* to) {
+                              return ctx->GetAttr(attr, to);
+                            },
+                            &inputs_, &dtypes_));
+  }
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    OP_REQUIRES_OK(ctx, Check(ctx));
+    OP_REQUIRES_OK(ctx, Lower(ctx));
+  }
+
+ protected:
+  virtual absl::Status Lower(XlaOpKernelContext* ctx) = 0;
+
+  // The hyperparameters of variable i, as scalars; there are kStepHyperCount at
+  // least.
+  std::vector<Hlo<double>> Hypers(XlaOpKernelContext* ctx, int i) const {
+    std::vector<Hlo<double>> hypers;
+    for (size_t j = 0; j < inputs_.hypers.size(); ++j) {
+      xla::XlaOp value = ctx->Input(inputs_.Hyper(j));
+      if (ctx->InputShape(inputs_.Hyper(j)).dims() == 1) {
+        value = xla::Reshape(xla::Slice(value, {i}, {i + 1}, {1}), {});
+      }
+      hypers.push_back({value});
+    }
+    while (hypers.size() < kStepHyperCount) {
+      hypers.push_back({xla::ConstantR0<double>(ctx->builder(), 0)});
+    }
+    return hypers;
+  }
+
+  // Entry i of a list of variables, or of gradients.
+  template <class S>
+  absl::Status Read(XlaOpKernelContext* ctx, int list, int i,
+                    Hlo<S>* value) const {
+    const int input = inputs_.At(list, i);
+    xla::XlaOp stored;
+    if (input < inputs_.Resources()) {
+      TF_RETURN_IF_ERROR(ctx->ReadVariableInput(input, stored_dtypes_[input],
+                                                nullptr, &stored));
+    } else {
+      stored = ctx->Input(input);
+    }
+    value->op = xla::ConvertElementType(
+        stored, xla::primitive_util::NativeToPrimitiveType<S>());
+    return absl::OkStatus();
+  }
+
+  Inputs inputs_;
+  std::vector<DataType> dtypes_;
+  std::vector<DataType> stored_dtypes_;  // of the variables
+  bool scalars_;
+
+ private:
+  absl::Status Check(XlaOpKernelContext* ctx) {
+    TF_RETURN_IF_ERROR(CheckHypers(
+        inputs_, [&](int input) { return ctx->InputShape(input); }, &scalars_));
+    std::vector<std::pair<tensorflow::XlaResource*, int>> resources;
+    std::vector<Spec<TensorShape>> specs(inputs_.Grad(inputs_.n));
+    stored_dtypes_.resize(inputs_.Resources());
+    for (int input = 0; input < inputs_.Grad(inputs_.n); ++input) {
+      if (input >= inputs_.Resources()) {
+        specs[input] = {ctx->input_type(input), ctx->InputShape(input)};
+        continue;
+      }
+      tensorflow::XlaResource* resource;
+      TF_RETURN_IF_ERROR(ctx->GetResourceInput(input, &resource));
+      resources.emplace_back(resource, input);
+      TF_RETURN_IF_ERROR(ctx->GetVariableTypeAndShape(
+          input, &specs[input].dtype, &specs[input].shape));
+      stored_dtypes_[input] = specs[input].dtype;
+    }
+    std::sort(resources.begin(), resources.end());
+    for (size_t r = 1; r < resources.size(); ++r) {
+      if (resources[r - 1].first == resources[r].first) {
+        return ListedTwice(inputs_, resources[r - 1].second,
+                           resources[r].second);
+      }
+    }
+    return CheckTensors(inputs_, [&](int input) -> const Spec<TensorShape>& {
+      return specs[input];
+    });
+  }
+};
+
+template <template <class> class Rule>
+class ApplyXla : public Lowering {
+ public:
+  explicit ApplyXla(tensorflow::OpKernelConstruction* ctx)
+      : Lowering(ctx, FindRule(ctx->def().op())) {
+    OP_REQUIRES_OK(ctx,
+                   ctx->GetAttr("scaled_proximal", &options_.scaled_proximal));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("stochastic", &options_.stochastic));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("report_penalty", &report_penalty_));
+  }
+
+ private:
+  template <class S>
+  using HloStep = Step<Rule, Hlo<S>, Hlo<uint32_t>>;
+
+  absl::Status Lower(XlaOpKernelContext* ctx) override {
+    // Where every hyperparameter is a scalar, all variables share one set of
+    // constants, which keeps the HLO small.
+    std::optional<HloStep<float>> step32;
+    std::optional<HloStep<double>> step64;
+    std::vector<xla::XlaOp> penalties;
+    for (int i = 0; i < inputs_.n; ++i) {
+      const auto hyper = Hypers(ctx, scalars_ ? 0 : i);
+      if (!scalars_ || i == 0) {
+        step32.emplace(hyper.data(), options_);
+        step64.emplace(hyper.data(), options_);
+      }
+      Hlo<double> param;
+      TF_RETURN_IF_ERROR(dtypes_[i] == tensorflow::DT_DOUBLE
+                             ? Update<double>(ctx, i, *step64, &param)
+                             : Update<float>(ctx, i, *step32, &param));
+      if (!report_penalty_) continue;
+      penalties.push_back(
+          xla::Reshape(PenaltyOf(hyper[kL1], hyper[kL2], param).op, {1}));
+    }
+    xla::XlaBuilder* builder = ctx->builder();
+    ctx->SetOutput(0, penalties.empty()
+                          ? xla::ConstantR1<double>(builder, {})
+                          : xla::ConcatInDim(builder, penalties, 0));
+    return absl::OkStatus();
+  }
+
+  // `new_param`: the one that is stored, in double.
+  template <class S>
+  absl::Status Update(XlaOpKernelContext* ctx, int i, HloStep<S> step,
+                      Hlo<double>* new_param) const {
+    Hlo<S> param, grad, accumulator, average, slot[kMaxSlots];
+    TF_RETURN_IF_ERROR(Read(ctx, 0, i, &param));
+    TF_RETURN_IF_ERROR(Read(ctx, inputs_.lists.size() - 1, i, &grad));
+    for (int k = 0; k < inputs_.slots; ++k) {
+      TF_RETURN_IF_ERROR(Read(ctx, 1 + k, i, &slot[k]));
+    }
+    accumulator = Like(param, 0);
+    if (inputs_.accumulator >= 0) {
+      TF_RETURN_IF_ERROR(Read(ctx, inputs_.accumulator, i, &accumulator));
+    }
+    if constexpr (kHasTrust<Rule<float>>) {
+      const Hlo<S> g = step.Clip(step.Total(param, grad, accumulator));
+      Hlo<S> unchanged[] = {slot[0], slot[1], slot[2]};
+      const Hlo<double> norm = SquaresOf(step.Decay(param));
+      const Hlo<double> direction =
+          SquaresOf(step.rule.Direction(g, unchanged));
+      const Hlo<double> one = Like(norm, 1);
+      step.rule.trust = static_cast<Hlo<S>>(Select(
+          norm > 0, Select(direction > 0, Sqrt(norm / direction), one), one));
+    }
+    constexpr bool kScaled = kHasRate<Rule<Hlo<S>>, Hlo<S>>;
+    if (kScaled && options_.scaled_proximal) {
+      step.template Full<kScaled>(param, grad, slot, accumulator);
+    } else if (inputs_.accumulator >= 0) {
+      step.template Full<false>(param, grad, slot, accumulator);
+    } else {
+      step.Plain(param, grad, slot);
+    }
+    if (inputs_.average >= 0) {
+      TF_RETURN_IF_ERROR(Read(ctx, inputs_.average, i, &average));
+      step.Average(param, average);
+    }
+
+    const Hlo<uint32_t> bits = Bits(param, step.key);
+    TF_RETURN_IF_ERROR(Write(ctx, 0, i, param, bits, 0));
+    for (int k = 0; k < inputs_.slots; ++k) {
+      TF_RETURN_IF_ERROR(Write(ctx, 1 + k, i, slot[k], bits, 1 + k));
+    }
+    if (inputs_.average >= 0) {
+      TF_RETURN_IF_ERROR(
+          Write(ctx, inputs_.average, i, average, bits, 1 + inputs_.slots));
+    }
+    if (inputs_.accumulator >= 0) {
+      TF_RETURN_IF_ERROR(Write(ctx, inputs_.accumulator, i,
+                               Hlo<S>{xla::ZerosLike(param.op)}, bits, 0));
+    }
+    if (report_penalty_) TF_RETURN_IF_ERROR(Read(ctx, 0, i, new_param));
+    return absl::OkStatus();
+  }
+
+  // The random bits of every element.
+  template <class S>
+  Hlo<uint32_t> Bits(Hlo<S> like, const Key<Hlo<uint32_t>>& key) const {
+    const auto dimensions = Dimensions(like.op);
+    int64_t n = 1;
+    for (int64_t dimension : dimensions) n *= dimension;
+    const auto index = [&](int shift) {
+      const xla::XlaOp iota =
+          xla::Reshape(xla::Iota(like.op.builder(), xla::U64, n), dimensions);
+      return static_cast<Hlo<uint32_t>>(Hlo<uint64_t>{iota} >> shift);
+    };
+    return RandomBits(key, index(32), index(0));
+  }
+
+  template <class S>
+  absl::Status Write(XlaOpKernelContext* ctx, int list, int i, Hlo<S> value,
+                     Hlo<uint32_t> bits, int k) const {
+    const int input = inputs_.At(list, i);
+    const DataType dtype = stored_dtypes_[input];
+    xla::PrimitiveType storage;
+    TF_RETURN_IF_ERROR(tensorflow::DataTypeToPrimitiveType(dtype, &storage));
+    xla::XlaOp stored = xla::ConvertElementType(value.op, storage);
+    if (options_.stochastic && dtype == tensorflow::DT_BFLOAT16) {
+      const Hlo<uint32_t> raw = {xla::BitcastConvertType(value.op, xla::U32)};
+      const Hlo<uint32_t> cut = (raw + Addend(bits, k)) >> 16;
+      stored = xla::Select(
+          (value != value).op, stored,
+          xla::BitcastConvertType(xla::ConvertElementType(cut.op, xla::U16),
+                                  xla::BF16));
+    }
+    return ctx->AssignVariable(input, dtype, stored);
+  }
+
+  StepOptions options_;
+  bool report_penalty_;
+};
+
+class NormsXla : public Lowering {
+ public:
+  explicit NormsXla(tensorflow::OpKernelConstruction* ctx)
+      : Lowering(ctx, nullptr) {}
+
+ private:
+  absl::Status Lower(XlaOpKernelContext* ctx) override {
+    xla::XlaBuilder* builder = ctx->builder();
+    std::vector<xla::XlaOp> norms, penalties;
+    Hlo<double> nonfinite = {xla::ConstantR0<double>(builder, 0)};
+    for (int i = 0; i < inputs_.n; ++i) {
+      const auto hyper = Hypers(ctx, i);
+      Hlo<double> squares, penalty, nan;
+      TF_RETURN_IF_ERROR(
+          dtypes_[i] == tensorflow::DT_DOUBLE
+              ? Measure<double>(ctx, i, hyper, &squares, &penalty, &nan)
+              : Measure<float>(ctx, i, hyper, &squares, &penalty, &nan));
+      norms.push_back(xla::Reshape(Sqrt(squares).op, {1}));
+      penalties.push_back(xla::Reshape(penalty.op, {1}));
+      nonfinite = nonfinite + nan;
+    }
+    ctx->SetOutput(0, xla::ConcatInDim(builder, norms, 0));
+    ctx->SetOutput(1, xla::ConcatInDim(builder, penalties, 0));
+    ctx->SetOutput(2, (nonfinite == 0).op);
+    return absl::OkStatus();
+  }
+
+  // `nan`: 0 if all is finite.
+  template <class S>
+  absl::Status Measure(XlaOpKernelContext* ctx, int i,
+                       const std::vector<Hlo<double>>& hyper,
+                       Hlo<double>* squares, Hlo<double>* penalty,
+                       Hlo<double>* nan) const {
+    const Gradient<Hlo<S>> gradient(hyper.data());
+    Hlo<S> param, grad, accumulator;
+    TF_RETURN_IF_ERROR(Read(ctx, inputs_.lists.size() - 1, i, &grad));
+    Hlo<S> total = gradient.Scaled(grad);
+    if (inputs_.accumulator >= 0) {
+      TF_RETURN_IF_ERROR(Read(ctx, inputs_.accumulator, i, &accumulator));
+      total = gradient.Mean(grad, accumulator);
+    }
+    *penalty = {xla::ConstantR0<double>(ctx->builder(), 0)};
+    if (inputs_.lists[0] == "var") {
+      TF_RETURN_IF_ERROR(Read(ctx, 0, i, &param));
+      total = total + gradient.Penalty(param);
+      *penalty =
+          PenaltyOf(hyper[kL1], hyper[kL2], static_cast<Hlo<double>>(param));
+    }
+    *squares = SquaresOf(total);
+    *nan = SumOf(total - total);
+    return absl::OkStatus();
+  }
+};
+
+#define RULE(name, Class) \
+  REGISTER_XLA_OP(Name("Wdops>Apply" #Class), ApplyXla<Class>);
+#include "rules/rules.inc"
+REGISTER_XLA_OP(Name("Wdops>Norms"), NormsXla);
+
+}  // namespace
+}  // namespace wdops
