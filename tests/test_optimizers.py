@@ -24,6 +24,18 @@ CASES = {
     "AMSGrad": ("Adam", {"amsgrad": True}),
     "AdamW": ("AdamW", {"weight_decay": 0.05}),
     "AdamW, AMSGrad": ("AdamW", {"weight_decay": 0.05, "amsgrad": True}),
+    "Nadam": ("Nadam", {"weight_decay": 0.05}),
+    "Adamax": ("Adamax", {"weight_decay": 0.05}),
+    "Lamb": ("Lamb", {"weight_decay": 0.05}),
+    "Lion": ("Lion", {"weight_decay": 0.05}),
+    "RMSprop": ("RMSprop", {"weight_decay": 0.05}),
+    "RMSprop, momentum": ("RMSprop", {"weight_decay": 0.05, "momentum": 0.9}),
+    "RMSprop, centered": ("RMSprop", {"weight_decay": 0.05, "centered": True, "epsilon": 1e-3}),
+    "RMSprop, both": ("RMSprop", {"weight_decay": 0.05, "centered": True, "momentum": 0.9, "epsilon": 1e-3}),
+    "Adagrad": ("Adagrad", {"weight_decay": 0.05}),
+    "Adadelta": ("Adadelta", {"weight_decay": 0.05}),
+    "Ftrl": ("Ftrl", {"weight_decay": 0.05, "l1_regularization_strength": 0.1, "l2_regularization_strength": 0.1}),
+    "Ftrl, power": ("Ftrl", {"learning_rate_power": -0.7, "l2_shrinkage_regularization_strength": 0.1, "beta": 0.2}),
 }
 # What stands around the step and is Keras's own code still.
 AROUND = {
@@ -92,6 +104,11 @@ def test_100_steps_beside_keras(case, mode):
         # Without decay the very bits: Keras multiplies p by weight_decay and then by lr.
         exact = mode != "jit" and "weight_decay" not in CASES[case][1]
         assert difference(weights, keras_weights) <= (0 if exact else 1e-6)
+    elif not CASES[case][0].startswith("Adam") or CASES[case][0] == "Adamax":
+        # One rounding here and there over 100 steps; a power of the accumulator loses more where it cancels.
+        assert difference(weights, keras_weights) <= (2e-5 if case == "Ftrl, power" else 2e-6)
+        assert difference(weights, truth) <= 4e-6
+        return
     else:
         # Keras is up to 1.5e-6 away, because its 1 - beta_2^t in float32 is off by 1e-5 in the first steps: by itself
         # it is 2 to 3 times further from the truth.
@@ -171,8 +188,11 @@ def fit(model, optimizer, epochs=2, jit=False):
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_model_fit(case, jit):
-    results = [fit(small_model(), optimizer(m, case), 13, jit) for m in (wdops.optimizers, keras.optimizers)]
-    assert difference(*results) <= 5e-6
+    # The model feeds a last bit of a weight back into the gradients; the other rules make more of it than these.
+    epochs = 13 if CASES[case][0] in ("SGD", "Adam", "AdamW") else 3
+    results = [fit(small_model(), optimizer(m, case), epochs, jit) for m in (wdops.optimizers, keras.optimizers)]
+    # Keras's 1 - beta_2^t is off by 1e-5 in the first steps, and a bias that starts at 0 has no ratio that cancels it.
+    assert difference(*results) <= (2e-5 if case == "Lamb" else 5e-6)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -324,7 +344,7 @@ def test_mirrored_strategy():
     assert float(result.stdout) < 5e-6
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES.values()}))
 def test_signature_and_docstring_are_whole(name):
     ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (wdops.optimizers, keras.optimizers))
     assert set(ours) - set(theirs) == {"l1", "l2", "proximal_l1", "proximal_l2"}
@@ -515,8 +535,8 @@ def test_conversion_keeps_exclusions_and_refuses_what_it_cannot_keep():
     plain = [keras.Variable(x, name=f"w{i}") for i, x in enumerate(problem()[0])]
     got = train(wdops.optimizers.from_keras(source), variables=variables)
     assert difference(got, train(source, variables=plain)) <= 2e-6
-    with pytest.raises(ValueError, match=r"no counterpart of .*Lion"):
-        wdops.optimizers.from_keras(keras.optimizers.Lion())
+    with pytest.raises(ValueError, match=r"no counterpart of .*Adafactor"):
+        wdops.optimizers.from_keras(keras.optimizers.Adafactor())
     with pytest.raises(ValueError, match="is not a class of wdops"):
         wdops.optimizers.to_keras(keras.optimizers.AdamW())
     with pytest.raises(ValueError, match="no `l2`"):

@@ -147,13 +147,15 @@ class _FusedStep(keras.optimizers.Optimizer):
             list(variables),
             *([slot[i] for i in index] for slot in slots),
             [tf.cast(g, v.dtype) for g, v in zip(grads, variables, strict=True)],
-            lr=learning_rate,
             weight_decay=weight_decay,
             proximal_l1=self.proximal_l1,
             proximal_l2=self.proximal_l2,
             **penalty,
-            **hypers,
+            **({"lr": learning_rate} | hypers),
         )
+
+
+_CLASSES: list[type[keras.optimizers.Optimizer]] = []
 
 
 def _public(cls: type[_FusedStep]) -> type[_FusedStep]:
@@ -165,6 +167,7 @@ def _public(cls: type[_FusedStep]) -> type[_FusedStep]:
     *own, rest = signature.parameters.values()
     decays = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=0.0) for name in _DECAYS]
     cls.__signature__ = signature.replace(parameters=[*own, *decays, rest])
+    _CLASSES.append(cls)
     return keras.saving.register_keras_serializable(package="wdops")(cls)
 
 
@@ -181,16 +184,19 @@ class SGD(_FusedStep, keras.optimizers.SGD):
 class _FusedAdam(_FusedStep):
     _RULES = ("adam", "amsgrad")
 
-    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
-        hypers = {
+    def _betas(self) -> dict[str, Any]:
+        return {
             "beta1": self.beta_1,
             "beta2": self.beta_2,
             "epsilon": self.epsilon,
             "step": self.iterations + 1,
         }
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        slots = [self._momentums, self._velocities]
         if self.amsgrad:
-            return ops.apply_amsgrad, [self._momentums, self._velocities, self._velocity_hats], hypers
-        return ops.apply_adam, [self._momentums, self._velocities], hypers
+            return ops.apply_amsgrad, [*slots, self._velocity_hats], self._betas()
+        return ops.apply_adam, slots, self._betas()
 
 
 @_public
@@ -201,6 +207,92 @@ class Adam(_FusedAdam, keras.optimizers.Adam):
 @_public
 class AdamW(_FusedAdam, keras.optimizers.AdamW):
     pass
+
+
+@_public
+class Nadam(_FusedAdam, keras.optimizers.Nadam):
+    _RULES = ("nadam",)
+
+    def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
+        if self._is_fused and not tf.distribute.has_strategy():  # else Keras's own method does it
+            power = tf.cast(0.96, tf.float64) ** tf.cast(self.iterations + 1, tf.float64)
+            momentum = tf.cast(self.beta_1 * (1 - 0.5 * power), self._u_product.dtype)
+            self._u_product.assign(self._u_product * momentum)
+        super()._backend_update_step(grads, trainable_variables, learning_rate)
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        return ops.apply_nadam, [self._momentums, self._velocities], self._betas() | {"u_product": self._u_product}
+
+
+@_public
+class Adamax(_FusedAdam, keras.optimizers.Adamax):
+    _RULES = ("adamax",)
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        return ops.apply_adamax, [self._m, self._u], self._betas()
+
+
+@_public
+class Lamb(_FusedAdam, keras.optimizers.Lamb):
+    _RULES = ("lamb",)
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        return ops.apply_lamb, [self._momentums, self._velocities], self._betas()
+
+
+@_public
+class Lion(_FusedStep, keras.optimizers.Lion):
+    _RULES = ("lion",)
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        return ops.apply_lion, [self._momentums], {"beta1": self.beta_1, "beta2": self.beta_2}
+
+
+@_public
+class RMSprop(_FusedStep, keras.optimizers.RMSprop):
+    _RULES = ("rmsprop", "rmsprop_momentum", "centered_rmsprop", "centered_rmsprop_momentum")
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        hypers = {"rho": self.rho, "epsilon": self.epsilon}
+        slots = [self._velocities, *([self._average_gradients] if self.centered else [])]
+        if self.momentum > 0:
+            apply = ops.apply_centered_rmsprop_momentum if self.centered else ops.apply_rmsprop_momentum
+            return apply, [*slots, self._momentums], hypers | {"momentum": self.momentum}
+        return ops.apply_centered_rmsprop if self.centered else ops.apply_rmsprop, slots, hypers
+
+
+@_public
+class Adagrad(_FusedStep, keras.optimizers.Adagrad):
+    _RULES = ("adagrad",)
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        return ops.apply_adagrad, [self._accumulators], {"epsilon": self.epsilon}
+
+
+@_public
+class Adadelta(_FusedStep, keras.optimizers.Adadelta):
+    _RULES = ("adadelta",)
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        slots = [self._accumulated_grads, self._accumulated_delta_vars]
+        return ops.apply_adadelta, slots, {"rho": self.rho, "epsilon": self.epsilon}
+
+
+@_public
+class Ftrl(_FusedStep, keras.optimizers.Ftrl):
+    _RULES = ("ftrl", "ftrl_power")
+
+    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+        hypers = {
+            "l1_strength": self.l1_regularization_strength,
+            "l2_strength": self.l2_regularization_strength,
+            "l2_shrinkage": self.l2_shrinkage_regularization_strength,
+            "beta": self.beta,
+        }
+        slots = [self._accumulators, self._linears]
+        if self.learning_rate_power == -0.5:
+            return ops.apply_ftrl, slots, hypers
+        return ops.apply_ftrl_power, slots, hypers | {"lr_power": self.learning_rate_power}
 
 
 def from_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
@@ -228,7 +320,7 @@ def to_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimize
       ValueError: it is not of a class of this module, or has an `l1`, `l2`, `proximal_l1` or `proximal_l2`, which
         Keras's has not.
     """
-    if type(optimizer) not in (SGD, Adam, AdamW):
+    if type(optimizer) not in _CLASSES:
         raise ValueError(f"{type(optimizer)} is not a class of wdops.optimizers")
     for name in _DECAYS:
         if getattr(optimizer, name):
