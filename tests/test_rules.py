@@ -58,7 +58,7 @@ def test_three_steps_match_the_oracle(rule, dtype, decay, isa):
 
 
 @rules
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32"])
 @pytest.mark.parametrize("decay", sorted(set(DECAYS) - {"all", "none"}))
 def test_every_term_alone_matches_the_oracle(rule, dtype, decay):
     three_steps(rule, dtype, decay)
