@@ -197,9 +197,13 @@ def test_the_reference_takes_the_same_call(mode, rule):
         MODES[mode](lambda: getattr(module, f"apply_{rule}")(*variables, grads, **hypers))()
         return variables
 
-    for got, want in zip(result(wdops.ops), result(wdops.reference), strict=True):
-        for g, w in zip(got, want, strict=True):
-            np.testing.assert_allclose(g.numpy(), w.numpy(), rtol=2e-5, atol=2e-5)
+    got, want = result(wdops.ops), result(wdops.reference)
+    for i in range(len(SHAPES)):
+        param, *slots, grad = (a[i] for a in arrays)
+        _, bound = oracle(rule, param, slots, grad, entry(hypers, i))
+        for name, g, w, b in zip(names_of(rule), got, want, bound, strict=True):
+            # Both are rounded when they are stored, and XLA may contract a product and a sum into one rounding.
+            assert_within(g[i].numpy(), w[i].numpy().astype(np.float64), b * 1.5, f"{name}[{i}]")
 
 
 @modes

@@ -188,7 +188,7 @@ def momentum(
 
 
 def rounded(x: tf.Tensor) -> tf.Tensor:
-    """`x`: marks an intermediate that a kernel rounds and then cancels, for the bound that the tests make."""
+    """`x`: marks an intermediate that a kernel rounds and then cancels or squares, for the bound that the tests make."""
     return x
 
 
@@ -322,7 +322,7 @@ def nadam(
     m, v = _moments(grad, m, v, beta1, beta2)
     u = beta1 * (1 - tf.constant(0.96, tf.float64) ** step / 2)
     next_u = beta1 * (1 - tf.constant(0.96, tf.float64) ** (step + 1) / 2)
-    m_hat = next_u * m / (1 - u_product * next_u) + (1 - u) * grad / (1 - u_product)
+    m_hat = rounded(rounded(next_u * m / (1 - u_product * next_u)) + rounded((1 - u) * grad / (1 - u_product)))
     return param - lr * m_hat / (tf.sqrt(v / (1 - beta2**step)) + epsilon), m, v
 
 
@@ -653,7 +653,7 @@ def adadelta(
       epsilon: default 1e-7.
     """
     v = rho * v + (1 - rho) * grad**2
-    delta = tf.sqrt(v_delta + epsilon) / tf.sqrt(v + epsilon) * grad
+    delta = rounded(tf.sqrt(v_delta + epsilon) / rounded(tf.sqrt(v + epsilon)) * grad)
     return param - lr * delta, v, rho * v_delta + (1 - rho) * delta**2
 
 
