@@ -19,6 +19,9 @@ def build_info() -> dict[str, Any]:
 _is_program = sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["wdops"]
 if not _is_program:
     from wdops import isa, kernels, ops, optimizers, reference
+    from wdops.regularizers import fold_regularizers, unfold_regularizers
 
     __version__ = build_info()["version"]
-    __all__ = ["build_info", "isa", "kernels", "ops", "optimizers", "reference"]
+    __all__ = [
+        "build_info", "fold_regularizers", "isa", "kernels", "ops", "optimizers", "reference", "unfold_regularizers",
+    ]  # fmt: skip

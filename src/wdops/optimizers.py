@@ -1,32 +1,35 @@
 """Keras's optimizers with the step fused: same constructors, variables, configs and saved files, one op per step.
 
-Each class takes every argument of the Keras class of its name, and `l1`, `l2`, `proximal_l1`, `proximal_l2`.
+Each class takes every argument of the Keras class of its name, and those of `wdops.fused_step.OPTIONS`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from wdops import ops, reference
+from wdops import groups, ops, reference
+from wdops.fused_step import OPTIONS, FusedStep
 
-if keras.backend.backend() != "tensorflow":
+if keras.backend.backend() != "tensorflow":  # before Keras's classes, which depend on it, are mixed in
     raise ImportError(
         f"wdops needs Keras on TensorFlow, and found it on {keras.backend.backend()}: set KERAS_BACKEND=tensorflow"
     )
 
-_DECAYS = ("l1", "l2", "proximal_l1", "proximal_l2")
-
-_DOC = """{keras_class} with its whole step fused, decay included, into one op for all dense variables of a device.
+_DOC = """{keras_class} with its whole step fused into one op, and one pass, for all variables of a device.
 
     {rules}
 
-    Around the rule stands the step that `wdops.ops.apply_sgd` describes. A gradient that is a `tf.IndexedSlices` goes
-    through Keras's own code, unless one of the four coefficients below is not zero: they reach every row, so that
-    gradient is made dense, as a Keras regularizer makes it. Clipping, averaging (`use_ema`), accumulation and loss
-    scaling are Keras's own, around the fused step.
+    Around the rule stands the step that `wdops.ops.apply_sgd` describes: clipping, accumulation, the moving average
+    (`use_ema`), the loss scale and all decays are in that pass, and clipping by a norm reads the gradients once before.
+    Steps with a gradient that is a `tf.IndexedSlices`, with a variable that is no float, and under a distribution
+    strategy run Keras's code around the fused rule; l1, l2, the proximal terms and another `slot_dtype` reach every row,
+    and make such a gradient dense, as a Keras regularizer makes it.
+
+    Every hyperparameter that is a number here or in `{keras_class}` may also be a scalar tensor or variable, a
+    `LearningRateSchedule` (of `iterations`), or a callable without arguments, and is saved as `learning_rate` is.
 
     Args:
       *args, **kwargs: those of `{keras_class}`, in its order.
@@ -35,153 +38,56 @@ _DOC = """{keras_class} with its whole step fused, decay included, into one op f
         reported does not contain it. Default 0.
       proximal_l1, proximal_l2: coefficients, at least 0, of the same penalty as a proximal step behind the update,
         which gives exact zeros. Default 0.
+      scaled_proximal: whether the threshold of the proximal step has the rule's preconditioner. Default False.
+      decay_coupling: what `weight_decay` is multiplied by: "lr", the learning rate, as in Keras and PyTorch;
+        "schedule", the learning rate without its base, as Loshchilov and Hutter (arXiv:1711.05101) have it; "none", 1,
+        as in TensorFlow Addons. Default "lr".
+      skip_nonfinite: whether a step with a gradient that is not finite changes nothing and does not count;
+        `step_applied` tells of the last one. Costs one read of the gradients, unless they are clipped by a norm.
+        Default False.
+      slot_dtype: "bfloat16" for slots of 2 bytes for float32 variables, "float32" for float32 slots of 16-bit ones;
+        None: as the variable. Default None.
+      rounding: how variables, slots and averages are stored in bfloat16: "stochastic", so that small changes are kept
+        on average, or "nearest". Default "stochastic".
+      seed: of stochastic rounding, which also depends on the step, the variable and the element. Default 0.
 
     Raises:
-      ValueError: a coefficient is negative or not a number, or what `{keras_class}` raises.
+      ValueError: an option is out of range, or what `{keras_class}` raises.
 
     Differs from Keras: Adam's bias corrections are made in double; bfloat16 and float16 variables are stepped in
-    float32; a negative `weight_decay` is refused when the step runs; a config contains the four coefficients only
-    where they are not zero, so that Keras reads it too.
+    float32, and bfloat16 is rounded stochastically; a negative `weight_decay` is refused when the step runs; exclusions
+    and groups are saved; a config contains the options above only where they are not the default, so that Keras reads
+    it too.
     """
-
-
-def _coefficient(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"`{name}` must be a finite number of at least 0. Received: {name}={value}")
-    return number
-
-
-def _is_keras_business(grad: Any, variable: tf.Variable) -> bool:
-    """Whether Keras's own code steps this variable: its gradient is sparse, or its dtype is not that of a kernel."""
-    return isinstance(grad, tf.IndexedSlices) or variable.dtype not in ops.DTYPES
-
-
-class _FusedStep(keras.optimizers.Optimizer):
-    """What the classes below share: mixed in before the Keras class, it replaces how a step reaches the variables."""
-
-    _RULES: tuple[str, ...]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        decays = {name: _coefficient(name, kwargs.pop(name, 0.0)) for name in _DECAYS}
-        super().__init__(*args, **kwargs)
-        self.l1, self.l2 = decays["l1"], decays["l2"]
-        self.proximal_l1, self.proximal_l2 = decays["proximal_l1"], decays["proximal_l2"]
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {name: getattr(self, name) for name in _DECAYS if getattr(self, name)}
-
-    def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
-        """The op, the slots of all variables in the op's order, and the rule's own hyperparameters."""
-        raise NotImplementedError
-
-    @property
-    def _clips(self) -> bool:
-        return any(limit is not None and limit > 0 for limit in (self.clipnorm, self.clipvalue, self.global_clipnorm))
-
-    def _backend_apply_gradients(self, grads: list[Any], trainable_variables: list[keras.Variable]) -> None:
-        # Keras clips before the fused step sees the gradients, and the penalty belongs to what is clipped.
-        if self._clips and (self.l1 or self.l2):
-            grads = [
-                tf.cast(tf.convert_to_tensor(g), v.dtype)
-                + reference.penalty_gradient(tf.convert_to_tensor(v), self.l1, self.l2)
-                for g, v in zip(grads, trainable_variables, strict=True)
-            ]
-        super()._backend_apply_gradients(grads, trainable_variables)
-
-    @property
-    def _is_fused(self) -> bool:
-        """Whether the step is ours: a subclass that overrides update_step gets what Keras gives it."""
-        return type(self).update_step is _FusedStep.update_step
-
-    def _apply_weight_decay(self, variables: list[keras.Variable]) -> None:
-        """Nothing where the step is ours: it decays, and so does update_step where it hands over to Keras."""
-        if not self._is_fused:
-            super()._apply_weight_decay(variables)
-
-    def _backend_update_step(
-        self, grads: list[Any], trainable_variables: list[keras.Variable], learning_rate: Any
-    ) -> None:
-        if tf.distribute.has_strategy() or not self._is_fused:
-            # Reduces over the replicas and calls update_step for each variable where it lives.
-            super()._backend_update_step(grads, trainable_variables, learning_rate)
-            return
-        variables = [v.value if isinstance(v, keras.Variable) else v for v in trainable_variables]
-        dense: dict[str, list[tuple[Any, tf.Variable]]] = {}
-        others = []
-        for grad, variable in zip(grads, variables, strict=True):
-            pair = (grad, variable)
-            if _is_keras_business(*pair):
-                others.append(pair)
-            else:
-                dense.setdefault(variable.device, []).append(pair)
-        # The fused ops come first: they check everything before they write.
-        for pairs in dense.values():
-            self._fused_step(*zip(*pairs, strict=True), learning_rate)
-        for grad, variable in others:
-            self.update_step(grad, variable, learning_rate)
-
-    def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
-        if not _is_keras_business(gradient, variable):
-            self._fused_step([gradient], [variable], learning_rate)
-        elif variable.dtype in ops.DTYPES and any(getattr(self, name) for name in _DECAYS):
-            self._fused_step([tf.convert_to_tensor(gradient)], [variable], learning_rate)
-        else:
-            if self.weight_decay is not None and self._is_fused and self._use_weight_decay(variable):
-                decay = tf.cast(self.weight_decay, variable.dtype) * tf.cast(learning_rate, variable.dtype)
-                variable.assign_sub(variable * decay)
-            super().update_step(gradient, variable, learning_rate)
-
-    def _fused_step(self, grads: list[tf.Tensor], variables: list[tf.Variable], learning_rate: Any) -> None:
-        apply, slots, hypers = self._rule()
-        index = [self._get_variable_index(v) for v in variables]
-        weight_decay = 0.0 if self.weight_decay is None or not self._is_fused else self.weight_decay
-        decayed = [self._use_weight_decay(v) for v in variables]
-        if not all(decayed):
-            weight_decay = [weight_decay * float(d) for d in decayed]
-        penalty = {} if self._clips else {"l1": self.l1, "l2": self.l2}
-        apply(
-            list(variables),
-            *([slot[i] for i in index] for slot in slots),
-            [tf.cast(g, v.dtype) for g, v in zip(grads, variables, strict=True)],
-            weight_decay=weight_decay,
-            proximal_l1=self.proximal_l1,
-            proximal_l2=self.proximal_l2,
-            **penalty,
-            **({"lr": learning_rate} | hypers),
-        )
 
 
 _CLASSES: list[type[keras.optimizers.Optimizer]] = []
 
 
-def _public(cls: type[_FusedStep]) -> type[_FusedStep]:
-    """Registers the class, and gives it a docstring and the signature of the Keras class of its name with `_DECAYS`."""
+def _public(cls: type[FusedStep]) -> type[FusedStep]:
+    """Registers the class, and gives it a docstring and the signature of the Keras class of its name with `OPTIONS`."""
     keras_class = getattr(keras.optimizers, cls.__name__)
     rules = "\n\n    ".join(reference.RULES[name].summary for name in cls._RULES)
     cls.__doc__ = _DOC.format(keras_class=f"keras.optimizers.{cls.__name__}", rules=rules)
     signature = inspect.signature(keras_class)
     *own, rest = signature.parameters.values()
-    decays = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=0.0) for name in _DECAYS]
-    cls.__signature__ = signature.replace(parameters=[*own, *decays, rest])
+    options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=d) for name, d in OPTIONS.items()]
+    cls.__signature__ = signature.replace(parameters=[*own, *options, rest])
     _CLASSES.append(cls)
     return keras.saving.register_keras_serializable(package="wdops")(cls)
 
 
 @_public
-class SGD(_FusedStep, keras.optimizers.SGD):
+class SGD(FusedStep, keras.optimizers.SGD):
     _RULES = ("sgd", "momentum")
 
     def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
-        if self.momentum == 0:
+        if not self.momentums:
             return ops.apply_sgd, [], {}
         return ops.apply_momentum, [self.momentums], {"momentum": self.momentum, "nesterov": self.nesterov}
 
 
-class _FusedAdam(_FusedStep):
+class _FusedAdam(FusedStep):
     _RULES = ("adam", "amsgrad")
 
     def _betas(self) -> dict[str, Any]:
@@ -213,12 +119,10 @@ class AdamW(_FusedAdam, keras.optimizers.AdamW):
 class Nadam(_FusedAdam, keras.optimizers.Nadam):
     _RULES = ("nadam",)
 
-    def _backend_update_step(self, grads: list[Any], trainable_variables: list[Any], learning_rate: Any) -> None:
-        if self._is_fused and not tf.distribute.has_strategy():  # else Keras's own method does it
-            power = tf.cast(0.96, tf.float64) ** tf.cast(self.iterations + 1, tf.float64)
-            momentum = tf.cast(self.beta_1 * (1 - 0.5 * power), self._u_product.dtype)
-            self._u_product.assign(self._u_product * momentum)
-        super()._backend_update_step(grads, trainable_variables, learning_rate)
+    def _counters(self) -> dict[str, tuple[keras.Variable, tf.Tensor]]:
+        power = tf.cast(0.96, tf.float64) ** tf.cast(self.iterations + 1, tf.float64)
+        momentum = reference.to_float64(self._now(self.beta_1)) * (1 - 0.5 * power)
+        return {"u_product": (self._u_product, self._u_product * tf.cast(momentum, self._u_product.dtype))}
 
     def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
         return ops.apply_nadam, [self._momentums, self._velocities], self._betas() | {"u_product": self._u_product}
@@ -241,7 +145,7 @@ class Lamb(_FusedAdam, keras.optimizers.Lamb):
 
 
 @_public
-class Lion(_FusedStep, keras.optimizers.Lion):
+class Lion(FusedStep, keras.optimizers.Lion):
     _RULES = ("lion",)
 
     def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
@@ -249,20 +153,20 @@ class Lion(_FusedStep, keras.optimizers.Lion):
 
 
 @_public
-class RMSprop(_FusedStep, keras.optimizers.RMSprop):
+class RMSprop(FusedStep, keras.optimizers.RMSprop):
     _RULES = ("rmsprop", "rmsprop_momentum", "centered_rmsprop", "centered_rmsprop_momentum")
 
     def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
         hypers = {"rho": self.rho, "epsilon": self.epsilon}
         slots = [self._velocities, *([self._average_gradients] if self.centered else [])]
-        if self.momentum > 0:
+        if self._momentums:
             apply = ops.apply_centered_rmsprop_momentum if self.centered else ops.apply_rmsprop_momentum
             return apply, [*slots, self._momentums], hypers | {"momentum": self.momentum}
         return ops.apply_centered_rmsprop if self.centered else ops.apply_rmsprop, slots, hypers
 
 
 @_public
-class Adagrad(_FusedStep, keras.optimizers.Adagrad):
+class Adagrad(FusedStep, keras.optimizers.Adagrad):
     _RULES = ("adagrad",)
 
     def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
@@ -270,7 +174,7 @@ class Adagrad(_FusedStep, keras.optimizers.Adagrad):
 
 
 @_public
-class Adadelta(_FusedStep, keras.optimizers.Adadelta):
+class Adadelta(FusedStep, keras.optimizers.Adadelta):
     _RULES = ("adadelta",)
 
     def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
@@ -279,7 +183,7 @@ class Adadelta(_FusedStep, keras.optimizers.Adadelta):
 
 
 @_public
-class Ftrl(_FusedStep, keras.optimizers.Ftrl):
+class Ftrl(FusedStep, keras.optimizers.Ftrl):
     _RULES = ("ftrl", "ftrl_power")
 
     def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
@@ -293,6 +197,57 @@ class Ftrl(_FusedStep, keras.optimizers.Ftrl):
         if self.learning_rate_power == -0.5:
             return ops.apply_ftrl, slots, hypers
         return ops.apply_ftrl_power, slots, hypers | {"lr_power": self.learning_rate_power}
+
+
+if hasattr(keras.optimizers, "ScheduleFreeAdamW"):  # from Keras 3.13 on
+
+    @_public
+    class ScheduleFreeAdamW(_FusedAdam, keras.optimizers.ScheduleFreeAdamW):
+        _RULES = ("schedule_free_adam",)
+
+        def _rule(self) -> tuple[Callable[..., Any], list[list[keras.Variable]], dict[str, Any]]:
+            hypers = self._betas()
+            if self.warmup_steps > 0:
+                # As in Keras, the decay is not warmed up.
+                hypers["lr_scale"] = tf.minimum(reference.to_float64(hypers["step"]) / self.warmup_steps, 1.0)
+            return ops.apply_schedule_free_adam, [self._momentums, self._velocities], hypers
+
+
+@keras.saving.register_keras_serializable(package="wdops")
+class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+    """`keras.optimizers.LossScaleOptimizer` around an optimizer of this module: unscaling costs no pass of its own.
+
+    The gradients are divided by the scale inside the step, and found finite by the read that clipping makes anyway; a
+    step whose gradients are not finite leaves everything as it was, `iterations` included, and halves the scale. Keras's
+    own class around such an optimizer does the same with a pass more, as it does here around any other optimizer.
+
+    Args:
+      inner_optimizer: the optimizer.
+      initial_scale: Default 2^15.
+      dynamic_growth_steps: after how many finite steps the scale doubles. Default 2000.
+      name: Default None.
+
+    Raises:
+      ValueError: what Keras's class raises.
+    """
+
+    @property
+    def step_applied(self) -> Any:
+        """Whether the last step was made."""
+        return self.inner_optimizer.step_applied
+
+    def _common_apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        if not isinstance(self.inner_optimizer, FusedStep) or tf.distribute.has_strategy():
+            super()._common_apply(grads, trainable_variables)
+            return
+        applied = self.inner_optimizer.apply_scaled(
+            grads, trainable_variables, loss_scale=self.dynamic_scale, skip_nonfinite=True
+        )
+        grows = tf.logical_and(applied, tf.convert_to_tensor(self.step_counter) == self.dynamic_growth_steps - 1)
+        scale = tf.convert_to_tensor(self.dynamic_scale)
+        self.dynamic_scale.assign(tf.where(applied, tf.where(grows, 2 * scale, scale), 0.5 * scale))
+        steps = tf.convert_to_tensor(self.step_counter) + 1
+        self.step_counter.assign(tf.where(applied & ~grows, steps, tf.zeros_like(steps)))
 
 
 def from_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
@@ -310,31 +265,76 @@ def from_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimi
     name = type(optimizer).__name__
     if type(optimizer) is not getattr(keras.optimizers, name, None) or name not in globals():
         raise ValueError(f"wdops.optimizers has no counterpart of {type(optimizer)}")
-    return _go_on_as(globals()[name], optimizer)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return _rewrap(LossScaleOptimizer, optimizer, from_keras)
+    converted = globals()[name].from_config(optimizer.get_config())
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
+    names = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    if excluded or names:
+        converted.exclude_from_weight_decay(var_names=[names.pattern] if names else None)
+        keys = [groups.Selector("variable", str(key), key) for key in excluded]
+        converted._own.groups[-1].selectors.extend(keys)
+    _take_over(converted, optimizer)
+    for selectors in (g.selectors for g in converted._own.groups if converted.built):
+        selectors[:] = [_named(converted, s) for s in selectors]
+    return converted
 
 
 def to_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """The way back: Keras's own optimizer that goes on where one of this module stands.
 
     Raises:
-      ValueError: it is not of a class of this module, or has an `l1`, `l2`, `proximal_l1` or `proximal_l2`, which
-        Keras's has not.
+      ValueError: it is not of a class of this module, or Keras's cannot go on: there is an option that is not the
+        default, a hyperparameter but the learning rate that changes from step to step, a group, a folded regularizer,
+        or an exclusion by path or predicate in an optimizer that is not built.
     """
+    if type(optimizer) is LossScaleOptimizer:
+        return _rewrap(keras.optimizers.LossScaleOptimizer, optimizer, to_keras)
     if type(optimizer) not in _CLASSES:
         raise ValueError(f"{type(optimizer)} is not a class of wdops.optimizers")
-    for name in _DECAYS:
-        if getattr(optimizer, name):
+    for name, default in OPTIONS.items():
+        # The slots are converted, and rounding is how wdops does what Keras does too.
+        if getattr(optimizer, name) != default and name not in ("slot_dtype", "rounding", "seed"):
             raise ValueError(f"Keras's optimizers have no `{name}`, and this one has {name}={getattr(optimizer, name)}")
-    return _go_on_as(getattr(keras.optimizers, type(optimizer).__name__), optimizer)
+    config = optimizer.get_config()
+    changing = [name for name, value in config.items() if isinstance(value, dict) and name != "learning_rate"]
+    exclusions = [s for g in optimizer._own.groups if g.exclusion for s in g.selectors]
+    if "folded_regularizers" in config or any(not g.exclusion for g in optimizer._own.groups) or changing:
+        raise ValueError(f"Keras's optimizers have no folded_regularizers, no groups, and no {changing} that change")
+    if not optimizer.built and any(s.kind in ("path", "predicate") for s in exclusions):
+        raise ValueError("before it is built, Keras's optimizer has no exclusions by path or predicate")
+    for name in ("groups", *OPTIONS):
+        config.pop(name, None)
+    converted = getattr(keras.optimizers, type(optimizer).__name__).from_config(config)
+    if optimizer.built:
+        excluded = [v for v in optimizer._trainable_variables if not optimizer._use_weight_decay(v)]
+        converted.exclude_from_weight_decay(var_list=excluded)
+    else:
+        converted.exclude_from_weight_decay(var_names=[s.value for s in exclusions if s.kind == "name"])
+        converted._exclude_from_weight_decay = {s.key for s in exclusions if s.kind == "variable"}
+    _take_over(converted, optimizer)
+    return converted
 
 
-def _go_on_as(cls: type, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    converted = cls.from_config(optimizer.get_config())
-    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-        if hasattr(optimizer, name):
-            setattr(converted, name, getattr(optimizer, name))
+def _take_over(converted: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> None:
     if optimizer.built:
         converted.build(optimizer._trainable_variables)
         for variable, value in zip(converted.variables, optimizer.variables, strict=True):
+            variable.assign(tf.cast(value, variable.dtype))
+
+
+def _named(optimizer: FusedStep, selector: groups.Selector) -> groups.Selector:
+    """A selector by key with the path of its variable, by which it is saved."""
+    index = optimizer._trainable_variables_indices.get(selector.key)
+    if selector.kind != "variable" or index is None:
+        return selector
+    return groups.Selector("variable", groups.path_of(optimizer._trainable_variables[index]), selector.key)
+
+
+def _rewrap(cls: type, optimizer: Any, convert: Callable[[Any], Any]) -> Any:
+    converted = cls(convert(optimizer.inner_optimizer), optimizer.initial_scale, optimizer.dynamic_growth_steps)
+    if optimizer.built:
+        converted.build(optimizer.inner_optimizer._trainable_variables)
+        for variable, value in zip(converted._variables, optimizer._variables, strict=True):
             variable.assign(value)
     return converted

@@ -1,0 +1,67 @@
+"""What a hyperparameter of an optimizer may be: a number, a tensor, a variable, a schedule or a callable."""
+
+import numbers
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Schedule = keras.optimizers.schedules.LearningRateSchedule
+
+
+def changes(value: Any) -> bool:
+    """Whether it has to be asked anew in every step."""
+    return isinstance(value, (keras.Variable, tf.Variable)) or callable(value)
+
+
+def current(value: Any, iterations: Any) -> Any:
+    """The number or tensor that stands for it in this step; a schedule is asked for `iterations`, as in Keras."""
+    if isinstance(value, Schedule):
+        return value(iterations)
+    if callable(value) and not isinstance(value, (keras.Variable, tf.Variable)):
+        return value()
+    return value
+
+
+def to_float(name: str, value: Any) -> float:
+    """Its value at iteration 0."""
+    try:
+        return float(current(value, 0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be a number, a scalar tensor or variable, a LearningRateSchedule, or a callable without "
+            f"arguments that returns one of them. Received: {name}={value}"
+        ) from error
+
+
+def serialize(name: str, value: Any) -> Any:
+    """As a config keeps it: schedules and callables as Keras does, variables as their value."""
+    if isinstance(value, (keras.Variable, tf.Variable)):
+        return to_float(name, value)
+    return keras.saving.serialize_keras_object(value) if callable(value) else value
+
+
+def deserialize(value: Any, custom_objects: dict[str, Any] | None = None) -> Any:
+    if isinstance(value, dict) and "class_name" in value:
+        return keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+    return value
+
+
+def base_of(learning_rate: Any) -> float:
+    """What a learning rate is divided by to have its schedule alone, without the rate.
+
+    Raises:
+      ValueError: it is a callable, or a schedule that does not say.
+    """
+    if isinstance(learning_rate, numbers.Real) or isinstance(learning_rate, (keras.Variable, tf.Variable)):
+        return to_float("learning_rate", learning_rate)
+    for name in ("warmup_target", "initial_learning_rate"):
+        base = getattr(learning_rate, name, None)
+        if base is not None:
+            return float(base)
+    if isinstance(learning_rate, keras.optimizers.schedules.PiecewiseConstantDecay):
+        return float(learning_rate.values[0])
+    raise ValueError(
+        "decay_coupling='schedule' divides the learning rate by its base, and a "
+        f"{type(learning_rate).__name__} does not tell it: give it an attribute `initial_learning_rate`"
+    )
