@@ -85,8 +85,8 @@ class _Batch:
 class FusedStep(keras.optimizers.Optimizer):
     """Mixed in before a Keras class, it replaces how a step reaches the variables.
 
-    A dense step is `_whole_step`. Where a gradient is sparse, a variable no float, under a distribution strategy, and in
-    a subclass with methods of its own, it is `_step_by_keras`: Keras's code, around ops of the same kernels.
+    A dense step is `_whole_step`. Where a gradient is sparse, a variable no float, under a distribution strategy, and
+    in a subclass with methods of its own, it is `_step_by_keras`: Keras's code, around ops of the same kernels.
     """
 
     _RULES: tuple[str, ...]

@@ -53,7 +53,7 @@ def base_of(learning_rate: Any) -> float:
     Raises:
       ValueError: it is a callable, or a schedule that does not say.
     """
-    if isinstance(learning_rate, numbers.Real) or isinstance(learning_rate, (keras.Variable, tf.Variable)):
+    if isinstance(learning_rate, (numbers.Real, keras.Variable, tf.Variable)):
         return to_float("learning_rate", learning_rate)
     for name in ("warmup_target", "initial_learning_rate"):
         base = getattr(learning_rate, name, None)

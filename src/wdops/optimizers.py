@@ -25,8 +25,8 @@ _DOC = """{keras_class} with its whole step fused into one op, and one pass, for
     Around the rule stands the step that `wdops.ops.apply_sgd` describes: clipping, accumulation, the moving average
     (`use_ema`), the loss scale and all decays are in that pass, and clipping by a norm reads the gradients once before.
     Steps with a gradient that is a `tf.IndexedSlices`, with a variable that is no float, and under a distribution
-    strategy run Keras's code around the fused rule; l1, l2, the proximal terms and another `slot_dtype` reach every row,
-    and make such a gradient dense, as a Keras regularizer makes it.
+    strategy run Keras's code around the fused rule; l1, l2, the proximal terms and another `slot_dtype` reach every
+    row, and make such a gradient dense, as a Keras regularizer makes it.
 
     Every hyperparameter that is a number here or in `{keras_class}` may also be a scalar tensor or variable, a
     `LearningRateSchedule` (of `iterations`), or a callable without arguments, and is saved as `learning_rate` is.
@@ -218,8 +218,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     """`keras.optimizers.LossScaleOptimizer` around an optimizer of this module: unscaling costs no pass of its own.
 
     The gradients are divided by the scale inside the step, and found finite by the read that clipping makes anyway; a
-    step whose gradients are not finite leaves everything as it was, `iterations` included, and halves the scale. Keras's
-    own class around such an optimizer does the same with a pass more, as it does here around any other optimizer.
+    step whose gradients are not finite leaves everything as it was, `iterations` included, and halves the scale.
+    Keras's own class around such an optimizer does the same with passes more, as this one does around any other.
 
     Args:
       inner_optimizer: the optimizer.

@@ -188,7 +188,7 @@ def momentum(
 
 
 def rounded(x: tf.Tensor) -> tf.Tensor:
-    """`x`: marks an intermediate that a kernel rounds and then cancels or squares, for the bound that the tests make."""
+    """`x`: marks an intermediate that a kernel rounds, and then cancels or squares, for the bound of the tests."""
     return x
 
 
