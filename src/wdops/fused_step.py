@@ -5,7 +5,7 @@ import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -65,7 +65,8 @@ class _Own:
     def __init__(self) -> None:
         self.groups: list[groups.Group] = []
         self.choices: dict[Any, groups.Choice] = {}
-        self.folded: dict[str, tuple[float, float]] = {}  # the l1 and l2 of a regularizer, by path
+        self.folded: dict[int, tuple[float, float]] = {}  # the l1 and l2 of a regularizer, by index
+        self.saved_folded: list[Sequence[Any]] = []  # from a config: path, index, l1, l2
         self.penalties: Any = None  # wdops.regularizers.Penalties
         self.base_lr: float | None = None
         self.step_applied: keras.Variable | None = None
@@ -104,7 +105,8 @@ class FusedStep(keras.optimizers.Optimizer):
         self._own.arguments = {*given, *OPTIONS}
         lr = changing.pop("learning_rate", None)
         if lr is not None:
-            self._variables[self._variables.index(self._learning_rate)] = lr
+            place = next(i for i, v in enumerate(self._variables) if v is self._learning_rate)
+            self._variables[place] = lr
             object.__setattr__(self, "_learning_rate", lr)
         for name, value in (options | changing).items():
             # Past Keras's tracking: a variable of the user is none of the optimizer's.
@@ -134,7 +136,10 @@ class FusedStep(keras.optimizers.Optimizer):
             known = self._trainable_variables if self.built else []
             config["groups"] = groups.serialize(self._own.groups, [(v, self._var_key(v)) for v in known])
         if self._own.folded:
-            config["folded_regularizers"] = {path: list(pair) for path, pair in self._own.folded.items()}
+            variables = self._trainable_variables
+            config["folded_regularizers"] = [
+                [groups.path_of(variables[i]), i, *pair] for i, pair in self._own.folded.items()
+            ]
         if self._own.base_lr is not None:
             config["base_learning_rate"] = self._own.base_lr
         return config
@@ -143,11 +148,11 @@ class FusedStep(keras.optimizers.Optimizer):
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "FusedStep":
         config = dict(config)
         chosen = config.pop("groups", [])
-        folded = config.pop("folded_regularizers", {})
+        folded = config.pop("folded_regularizers", [])
         base_lr = config.pop("base_learning_rate", None)
         optimizer = cls(**{n: hyperparameters.deserialize(x, custom_objects) for n, x in config.items()})
         optimizer._own.groups = groups.deserialize(chosen, custom_objects)
-        optimizer._own.folded = {path: tuple(pair) for path, pair in folded.items()}
+        optimizer._own.saved_folded = folded
         optimizer._own.base_lr = base_lr if base_lr is not None else optimizer._own.base_lr
         return optimizer
 
@@ -181,19 +186,35 @@ class FusedStep(keras.optimizers.Optimizer):
             super().build(variables)
         self._own.choices = {}
         self._own.step_applied = keras.Variable(True, dtype="bool", trainable=False, name="step_applied")
+        self._find_saved()
+
+    def _find_saved(self) -> None:
+        """Finds the variables that a config names among those that the optimizer was built with."""
+        missing = []
+        for group in self._own.groups:
+            for k, selector in enumerate(group.selectors):
+                if selector.kind != "variable" or selector.key in self._trainable_variables_indices:
+                    continue
+                i = None if selector.key else groups.find(self._trainable_variables, selector.value, selector.index)
+                if i is None:
+                    missing.append(selector.value)
+                else:
+                    group.selectors[k] = replace(selector, key=self._var_key(self._trainable_variables[i]))
+        for path, index, l1, l2 in self._own.saved_folded:
+            i = groups.find(self._trainable_variables, path, index)
+            if i is None:
+                missing.append(path)
+            else:
+                self._own.folded[i] = (l1, l2)
         if self._own.folded:
-            from wdops import regularizers
+            from wdops import regularizers  # which imports this module
 
             regularizers.fold(self)
-        known = {groups.path_of(v) for v in self._trainable_variables}
-        missing = {
-            s.value for g in self._own.groups for s in g.selectors if s.kind == "variable" and s.value not in known
-        }
         if missing:
             warnings.warn(
-                f"{self.name} has multipliers or exclusions for variables that it was not built with: "
-                f"{', '.join(sorted(missing))}",
-                stacklevel=2,
+                f"{self.name} has multipliers, exclusions or regularizers of variables that it was not built with: "
+                f"{', '.join(missing)}",
+                stacklevel=4,
             )
 
     def add_variable(self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **arguments: Any) -> Any:
@@ -299,10 +320,9 @@ class FusedStep(keras.optimizers.Optimizer):
         columns = {n: np.broadcast_to(np.asarray(x, np.float64), len(index)) for n, x in columns.items()}
         for i, variable in enumerate(self._trainable_variables):
             choice = self._choice(variable)
-            path = groups.path_of(variable)
-            because = [*choice.reasons, *(["folded regularizer"] if path in self._own.folded else [])]
+            because = [*choice.reasons, *(["folded regularizer"] if i in self._own.folded else [])]
             table.add_row(
-                path, str(tuple(variable.shape)), f"x {choice.multipliers['lr']:g}",
+                groups.path_of(variable), str(tuple(variable.shape)), f"x {choice.multipliers['lr']:g}",
                 *(f"{values[i]:g}" for values in columns.values()), "; ".join(because),
             )  # fmt: skip
         console = rich.console.Console(width=10_000)
@@ -318,7 +338,7 @@ class FusedStep(keras.optimizers.Optimizer):
         factors = [self._choice(v).multipliers[name] for v in variables]
         offsets = [0.0] * len(index)
         if name in ("l1", "l2") and self._own.folded:
-            pairs = [self._own.folded.get(groups.path_of(v), (0.0, 0.0)) for v in variables]
+            pairs = [self._own.folded.get(i, (0.0, 0.0)) for i in index]
             offsets = [f * pair[name == "l2"] for f, pair in zip(factors, pairs, strict=True)]
         value = self._now(getattr(self, name))
         value = 0.0 if value is None else value
@@ -419,7 +439,7 @@ class FusedStep(keras.optimizers.Optimizer):
     def _gradient(self, grad: Any, variable: Any) -> Any:
         if grad is None:
             # What a regularizer in the loss gives a variable that nothing else in it depends on.
-            return tf.zeros_like(variable) if groups.path_of(variable) in self._own.folded else None
+            return tf.zeros_like(variable) if self._get_variable_index(variable) in self._own.folded else None
         return grad if isinstance(grad, tf.IndexedSlices) else tf.convert_to_tensor(grad)
 
     @property
@@ -446,13 +466,19 @@ class FusedStep(keras.optimizers.Optimizer):
         batches = self._batches(grads, variables)
         scale = {} if loss_scale is None else {"grad_scale": 1 / reference.to_float64(loss_scale)}
 
-        def guarded(measure: Callable[[], list[reference.Norms]], write: Callable[..., None]) -> tf.Tensor:
+        def guarded(
+            measure: Callable[[], list[reference.Norms]], write: Callable[[list[tf.Tensor]], list[tf.Tensor]]
+        ) -> tf.Tensor:
             norms = measure()
             finite = tf.reduce_all([n.finite for n in norms]) if skip_nonfinite else tf.constant(True)
 
             def act() -> tf.Tensor:
-                write([n.norm for n in norms])
-                self._iterations.assign_add(1)
+                # Nothing else orders them in a graph, and a step that fails must not count.
+                with tf.control_dependencies(write([n.norm for n in norms])):
+                    for variable in variables:
+                        if getattr(variable, "constraint", None) is not None:
+                            variable.assign(variable.constraint(variable))
+                    self._iterations.assign_add(1)
                 return tf.constant(True)
 
             return tf.cond(finite, act, lambda: tf.constant(False)) if skip_nonfinite else act()
@@ -510,7 +536,8 @@ class FusedStep(keras.optimizers.Optimizer):
         # As in Keras: not finite where the norm is not.
         return [limit * tf.minimum(1 / norm, 1 / limit) + (norm - norm)] * len(norms)
 
-    def _update(self, batches: list[_Batch], scale: dict[str, Any], norms: list[tf.Tensor]) -> None:
+    def _update(self, batches: list[_Batch], scale: dict[str, Any], norms: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Makes the step. What it returns is there when it has been made."""
         apply, slots, rule_hypers = self._rule()
         counters = self._counters()
         rule_hypers = {n: self._now(x) for n, x in rule_hypers.items()} | {n: x for n, (_, x) in counters.items()}
@@ -519,6 +546,7 @@ class FusedStep(keras.optimizers.Optimizer):
         clip_scales = self._clip_scales(norms) if clips else [1.0] * len(batches)
         clip_value = self._limit("clipvalue")
         learning_rate = self.learning_rate
+        done = []
         for batch, clip_scale in zip(batches, clip_scales, strict=True):
             hypers = self._hypers(batch.index, learning_rate) | self._gradient_hypers(batch, scale)
             if lr_scale is not None:
@@ -537,21 +565,25 @@ class FusedStep(keras.optimizers.Optimizer):
                 **hypers,
                 **rule_hypers,
             )
+            done.append(penalty)
             if self._own.penalties is not None:
                 self._own.penalties.update(batch.index, penalty)
-        for variable, value in counters.values():
-            variable.assign(value)
-        stepped = {i for batch in batches for i in batch.index}
-        self._average([i for i in range(len(self._trainable_variables)) if i not in stepped])
-        for variable in (self._trainable_variables[i] for i in sorted(stepped)):
-            if getattr(variable, "constraint", None) is not None:
-                variable.assign(variable.constraint(variable))
+        with tf.control_dependencies(done):
+            for variable, value in counters.values():
+                variable.assign(value)
+            stepped = {i for batch in batches for i in batch.index}
+            self._average([i for i in range(len(self._trainable_variables)) if i not in stepped])
+        return done
 
-    def _accumulate(self, batches: list[_Batch], scale: dict[str, Any]) -> None:
+    def _accumulate(self, batches: list[_Batch], scale: dict[str, Any]) -> list[tf.Tensor]:
+        """Makes a micro-step."""
+        done = []
         for batch in batches:
             sums = [self._accumulated_gradients[i] for i in batch.index]
-            ops.apply_sgd(sums, batch.grads, lr=-1.0, **scale, **self._seed(batch.index))
-        self._average(list(range(len(self._trainable_variables))))
+            done.append(ops.apply_sgd(sums, batch.grads, lr=-1.0, **scale, **self._seed(batch.index)))
+        with tf.control_dependencies(done):
+            self._average(list(range(len(self._trainable_variables))))
+        return done
 
     def _ema(self) -> tuple[Any, Any]:
         """How much of the average is kept in this step, and whether it overwrites the variable."""

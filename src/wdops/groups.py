@@ -1,7 +1,7 @@
 """Who is decayed, and how fast it learns: multipliers for groups of variables, and the reason for each."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,9 @@ class Selector:
 
     kind: str  # "path", "name", "variable" or "predicate"
     value: Any  # a pattern, the path of the variable, or a callable
-    key: Any = None  # of the variable itself, where it is known: paths need not be unique
+    key: Any = None  # of the variable itself, where it is known
+    index: int | None = None  # of a variable from a file
+    reason: str = ""  # that the file gives
 
     def __call__(self, variable: Any, key: Any) -> bool:
         if self.kind == "predicate":
@@ -31,10 +33,24 @@ class Selector:
 
     def __str__(self) -> str:
         if self.kind == "variable":
-            return "listed"
+            return self.reason or "listed"
         if self.kind == "predicate":
             return f"predicate {getattr(self.value, '__name__', type(self.value).__name__)}"
         return f"{self.kind} matches {self.value!r}"
+
+
+def find(variables: Sequence[Any], path: str, index: int | None) -> int | None:
+    """The index of the variable that had this path and index when it was saved; None: it is not there.
+
+    A model that is loaded may have other paths, without the model's own name in front.
+    """
+    for i, variable in enumerate(variables):
+        if path_of(variable) == path:
+            return i
+    if index is not None and index < len(variables):
+        name = path_of(variables[index]).rpartition("/")[2]
+        return index if name == path.rpartition("/")[2] else None
+    return None
 
 
 @dataclass
@@ -102,32 +118,30 @@ def multiplier(name: str, value: float) -> float:
     return float(value)
 
 
-def serialize(groups: Iterable[Group], variables: Iterable[tuple[Any, Any]]) -> list[dict[str, Any]]:
-    """As a config keeps them; with `variables`, pairs of variable and key, a predicate becomes those it takes."""
-    variables = list(variables)
+def serialize(groups: Iterable[Group], variables: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:
+    """As a config keeps them; with `variables`, pairs of variable and key, as those that each group takes."""
     config = []
     for group in groups:
-        chosen = []
-        for s in group.selectors:
-            if s.kind != "predicate":
-                chosen.append([s.kind, s.value])
-            elif variables:
-                chosen += [["variable", path_of(v)] for v, key in variables if s(v, key)]
-            else:
-                chosen.append([s.kind, keras.saving.serialize_keras_object(s.value)])
-        config.append({"variables": chosen, "multipliers": group.multipliers, "exclusion": group.exclusion})
+        if variables:
+            reasons = [(path_of(v), i, group.reason(v, key)) for i, (v, key) in enumerate(variables)]
+            chosen = {"variables": [list(r) for r in reasons if r[2] is not None]}
+        else:
+            chosen = {"selectors": [[s.kind, _value(s, keras.saving.serialize_keras_object)] for s in group.selectors]}
+        config.append(chosen | {"multipliers": group.multipliers, "exclusion": group.exclusion})
     return config
 
 
 def deserialize(config: Iterable[dict[str, Any]], custom_objects: dict[str, Any] | None = None) -> list[Group]:
-    def value_of(kind: str, value: Any) -> Any:
-        if kind != "predicate":
-            return value
+    def load(value: Any) -> Any:
         return keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
 
-    return [
-        Group(
-            [Selector(kind, value_of(kind, value)) for kind, value in g["variables"]], g["multipliers"], g["exclusion"]
-        )
-        for g in config
-    ]
+    groups = []
+    for g in config:
+        chosen = [Selector(kind, _value(Selector(kind, value), load)) for kind, value in g.get("selectors", [])]
+        chosen += [Selector("variable", path, index=i, reason=reason) for path, i, reason in g.get("variables", [])]
+        groups.append(Group(chosen, dict(g["multipliers"]), g["exclusion"]))
+    return groups
+
+
+def _value(selector: Selector, of_predicate: Callable[[Any], Any]) -> Any:
+    return of_predicate(selector.value) if selector.kind == "predicate" else selector.value

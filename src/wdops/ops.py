@@ -69,7 +69,7 @@ def _targets(given: dict[str, Any], n: int) -> dict[str, list[tf.Tensor]]:
 def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[str]) -> Callable[..., Any]:
     signature = rule.signature
 
-    def apply(*args: Any, **kwargs: Any) -> tf.Tensor | None:
+    def apply(*args: Any, **kwargs: Any) -> tf.Tensor:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         arguments = given.arguments
@@ -80,14 +80,14 @@ def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[
             raise ValueError(f"grad has {len(grads)} entries, but var has {n}")
         report = arguments["report_penalty"]
         if n == 0:
-            return tf.zeros(0, tf.float64) if report else None
+            return tf.zeros(0, tf.float64)
         grads = [_gradient(i, grad) for i, grad in enumerate(grads)]
         stochastic = arguments["seed"] is not None
         values = {name: arguments[name] for name in hyper_names}
         values |= {} if stochastic else {"seed": 0}
         values |= {} if values["decay_lr"] is not None else {"decay_lr": values["lr"]}
         hypers = {name: _hyper(name, value) for name, value in values.items()}
-        penalty = op(
+        return op(
             **targets,
             grad=grads,
             **hypers,
@@ -96,7 +96,6 @@ def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[
             report_penalty=report,
             name=arguments["name"],
         )
-        return penalty if report else None
 
     return reference.document(apply, rule)
 

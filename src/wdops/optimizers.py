@@ -275,8 +275,6 @@ def from_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimi
         keys = [groups.Selector("variable", str(key), key) for key in excluded]
         converted._own.groups[-1].selectors.extend(keys)
     _take_over(converted, optimizer)
-    for selectors in (g.selectors for g in converted._own.groups if converted.built):
-        selectors[:] = [_named(converted, s) for s in selectors]
     return converted
 
 
@@ -321,14 +319,6 @@ def _take_over(converted: keras.optimizers.Optimizer, optimizer: keras.optimizer
         converted.build(optimizer._trainable_variables)
         for variable, value in zip(converted.variables, optimizer.variables, strict=True):
             variable.assign(tf.cast(value, variable.dtype))
-
-
-def _named(optimizer: FusedStep, selector: groups.Selector) -> groups.Selector:
-    """A selector by key with the path of its variable, by which it is saved."""
-    index = optimizer._trainable_variables_indices.get(selector.key)
-    if selector.kind != "variable" or index is None:
-        return selector
-    return groups.Selector("variable", groups.path_of(optimizer._trainable_variables[index]), selector.key)
 
 
 def _rewrap(cls: type, optimizer: Any, convert: Callable[[Any], Any]) -> Any:

@@ -77,7 +77,8 @@ _STEP_DOC = """
       name: of the op.
 
     Returns:
-      With `report_penalty`, l1*sum|p'| + l2*sum(p'^2) of each variable behind the step: a float64 vector. Else None.
+      l1*sum|p'| + l2*sum(p'^2) of each variable behind the step: a float64 vector. Without `report_penalty` it is
+      empty, and good for a control dependency on the step.
 
     Raises:
       ValueError, tf.errors.InvalidArgumentError: lists of unequal length, a shape or dtype that is not the variable's,
@@ -873,7 +874,7 @@ def as_list(x: Any) -> list[Any]:
 
 
 def _make_apply(rule: Rule) -> Callable[..., Any]:
-    def apply(*args: Any, **kwargs: Any) -> tf.Tensor | None:
+    def apply(*args: Any, **kwargs: Any) -> tf.Tensor:
         given = rule.signature.bind(*args, **kwargs)
         given.apply_defaults()
         arguments = given.arguments
@@ -895,7 +896,7 @@ def _make_apply(rule: Rule) -> Callable[..., Any]:
             if "accumulator" in of:
                 of["accumulator"].assign(tf.zeros_like(of["accumulator"]))
             penalties.append(penalty(of["var"], h["l1"], h["l2"]))
-        return tf.stack(penalties) if arguments["report_penalty"] else None
+        return tf.stack(penalties) if arguments["report_penalty"] and penalties else tf.zeros(0, tf.float64)
 
     return document(apply, rule)
 

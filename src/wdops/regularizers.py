@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from wdops import groups, reference
+from wdops import hyperparameters, reference
 from wdops.fused_step import FusedStep
 
 _FOLDED = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
@@ -101,18 +101,14 @@ def fold_regularizers(model: keras.Model, optimizer: keras.optimizers.Optimizer)
     for variable in model.trainable_variables:
         regularizer = getattr(variable, "regularizer", None)
         if type(regularizer) in _FOLDED:
-            folded[variable.path] = tuple(float(getattr(regularizer, n, 0.0)) for n in ("l1", "l2"))
+            pair = tuple(float(getattr(regularizer, n, 0.0)) for n in ("l1", "l2"))
+            folded[variable.path] = optimizer._own.folded[optimizer._get_variable_index(variable)] = pair
         elif regularizer is not None and not isinstance(regularizer, _FoldedRegularizer):
             left[variable.path] = regularizer
-    twice = [v for v in model.trainable_variables if folded.get(v.path) == (0.0, 0.0)]
-    for variable in twice:
-        variable.regularizer = None
-        del folded[variable.path]
-    optimizer._own.folded |= folded
     fold(optimizer)
-    if optimizer.weight_decay is not None:
-        decayed = {v.path for v in model.trainable_variables if optimizer._use_weight_decay(v)}
-        for layer in dict.fromkeys(path.rpartition("/")[0] for path in folded if path in decayed):
+    if hyperparameters.changes(optimizer.weight_decay) or optimizer.weight_decay:
+        decayed = [v.path for v in model.trainable_variables if v.path in folded and optimizer._use_weight_decay(v)]
+        for layer in dict.fromkeys(path.rpartition("/")[0] for path in decayed):
             warnings.warn(f"layer {layer!r} has both a regularizer and the optimizer's weight_decay", stacklevel=2)
     _trace_anew(model)
     return Folded(folded, left)
@@ -120,7 +116,7 @@ def fold_regularizers(model: keras.Model, optimizer: keras.optimizers.Optimizer)
 
 def fold(optimizer: FusedStep) -> None:
     """Makes a built optimizer the one that penalizes the variables of `folded`, and their regularizers silent."""
-    index = [i for i, v in enumerate(optimizer._trainable_variables) if groups.path_of(v) in optimizer._own.folded]
+    index = sorted(optimizer._own.folded)
     if not index:
         return
     penalties = optimizer._own.penalties = Penalties(optimizer, index)
@@ -142,7 +138,7 @@ def unfold_regularizers(model: keras.Model, optimizer: keras.optimizers.Optimize
     for variable in model.variables:
         if isinstance(getattr(variable, "regularizer", None), _FoldedRegularizer):
             variable.regularizer = variable.regularizer.original
-            optimizer._own.folded.pop(variable.path, None)
+            optimizer._own.folded.pop(optimizer._get_variable_index(variable))
             del variable.assign
     optimizer._own.penalties = None
     _trace_anew(model)
