@@ -77,7 +77,7 @@ def test_weights_and_reported_losses_are_those_of_the_model_before(around, name,
     assert difference(folded.get_weights(), plain.get_weights()) <= 1e-5 + 0.02 * 0.004
     without = compiled(model_of(0.0, 0.0), getattr(keras.optimizers, name)(**arguments), jit)
     train(without)
-    assert difference(without.get_weights(), plain.get_weights()) > 1e-2
+    assert difference(without.get_weights(), plain.get_weights()) > 2e-3
     evaluated = [m.evaluate(*data(), verbose=0) for m in (folded, plain)]
     np.testing.assert_allclose(*evaluated, rtol=2e-6)
 
@@ -88,7 +88,8 @@ def test_the_step_reports_the_penalty_without_a_pass_of_its_own():
     variables = model.trainable_variables
     step = tf.function(lambda *grads: (sum(model.losses), model.optimizer.apply(list(grads), variables))[0])
     graph = step.get_concrete_function(*[tf.ones(v.shape) for v in variables]).graph
-    touching = {op.type for op in graph.get_operations() for t in op.outputs if t.shape.rank == 2}
+    shapes = [v.shape for v in variables if len(v.shape) == 2]
+    touching = {op.type for op in graph.get_operations() for t in op.outputs if t.shape in shapes}
     assert touching <= {"Placeholder", "Identity"}
     assert sum(op.type == "Wdops>ApplySgd" for op in graph.get_operations()) == 1
 
@@ -169,18 +170,14 @@ def test_a_saved_model_is_folded_again(wrap, tmp_path):
     wdops.fold_regularizers(model, model.optimizer)
     train(model)
     model.save(tmp_path / "m.keras")
+    penalty = float(sum(model.losses))
     again = keras.saving.load_model(tmp_path / "m.keras")
     np.testing.assert_allclose(train(again), train(model), rtol=1e-6)
     assert difference(again.get_weights(), model.get_weights()) < 1e-6
     # With another optimizer the layers' own regularizers count, once.
     other = keras.saving.load_model(tmp_path / "m.keras", compile=False)
     assert sum(isinstance(v.regularizer, keras.regularizers.Regularizer) for v in other.trainable_variables) == 3
-    np.testing.assert_allclose(float(sum(other.losses)), float(sum(_unfolded(model).losses)), rtol=1e-2)
-
-
-def _unfolded(model):
-    wdops.unfold_regularizers(model, model.optimizer)
-    return model
+    np.testing.assert_allclose(float(sum(other.losses)), penalty, rtol=1e-6)
 
 
 def test_unfolding_gives_the_model_back():

@@ -425,7 +425,9 @@ class FusedStep(keras.optimizers.Optimizer):
             return tf.constant(True)
         self._check_variables_are_known(variables)
         grads = [self._gradient(g, v) for g, v in zip(grads, variables, strict=True)]
-        whole = self._is_whole and not any(
+        index = [self._get_variable_index(v) for v in variables]
+        whole = self._is_whole and not (self._moves_between_steps and self._penalizes(index))
+        whole = whole and not any(
             is_keras_business(g, v) or self._overwrite_variable_with_gradient(v)
             for g, v in zip(grads, variables, strict=True)
             if g is not None
@@ -449,6 +451,11 @@ class FusedStep(keras.optimizers.Optimizer):
         return not tf.distribute.has_strategy() and all(
             getattr(type(self), hook).__module__.startswith(ours) for hook in _HOOKS
         )
+
+    @property
+    def _moves_between_steps(self) -> bool:
+        """Whether micro-steps write to variables. Then each has a penalty of its own, as a regularizer has."""
+        return bool(self.gradient_accumulation_steps and self.use_ema and self.ema_overwrite_frequency)
 
     def _batches(self, grads: list[tf.Tensor], variables: list[Any]) -> list[_Batch]:
         batches: dict[str, _Batch] = {}
@@ -647,12 +654,13 @@ class FusedStep(keras.optimizers.Optimizer):
             object.__setattr__(self, "loss_scale_factor", before)
 
     @property
-    def _clips(self) -> bool:
-        return any(self._limit(name) is not None for name in ("clipnorm", "clipvalue", "global_clipnorm"))
+    def _penalizes_first(self) -> bool:
+        """Whether Keras's code, before the rule, needs gradients that contain the penalty."""
+        limits = [self._limit(name) for name in ("clipnorm", "clipvalue", "global_clipnorm")]
+        return self._moves_between_steps or any(limit is not None for limit in limits)
 
     def _backend_apply_gradients(self, grads: list[Any], trainable_variables: list[Any]) -> None:
-        # Keras clips before the fused step sees the gradients, and the penalty belongs to what is clipped.
-        if self._clips:
+        if self._penalizes_first:
             grads = [self._penalized(g, v) for g, v in zip(grads, trainable_variables, strict=True)]
         super()._backend_apply_gradients(grads, trainable_variables)
 
@@ -714,7 +722,7 @@ class FusedStep(keras.optimizers.Optimizer):
         hypers["lr"] = hypers["lr"] * rule_hypers.pop("lr_scale", 1.0)
         if not self._is_fused:
             hypers["weight_decay"] = 0.0
-        if not self._clips:
+        if not self._penalizes_first:
             hypers |= {n: self._coefficient(n, batch.index) for n in ("l1", "l2")}
         apply(
             batch.variables, *([slot[i] for i in batch.index] for slot in slots), batch.grads, **hypers, **rule_hypers

@@ -96,7 +96,7 @@ def fold_regularizers(model: keras.Model, optimizer: keras.optimizers.Optimizer)
         raise ValueError(f"the model {model.name!r} is not built, and has no variables yet")
     if not optimizer.built:
         optimizer.build(model.trainable_variables)
-    optimizer._check_variables_are_known(model.trainable_variables)
+    optimizer._check_variables_are_known([v for v in model.trainable_variables if type(v.regularizer) in _FOLDED])
     folded, left = {}, {}
     for variable in model.trainable_variables:
         regularizer = getattr(variable, "regularizer", None)
