@@ -57,10 +57,14 @@ def assert_same(got, want, bound):
 @pytest.mark.parametrize("rest", [{}, EMA, {"gradient_accumulation_steps": 3, "use_ema": True}, REST], ids=str)
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
 def test_every_option_is_that_of_keras(clip, rest, mode):
-    """Slots, averages and accumulators too, behind 13 steps, so that one accumulation is under way."""
+    """Slots and averages too, behind 13 steps, so that one accumulation is under way."""
     arguments = {"learning_rate": 0.01, "weight_decay": 0.1, **clip, **rest}
     want = run(keras.optimizers.AdamW(**arguments), mode, l2=L2)
-    assert_same(run(optimizers.AdamW(**arguments, l2=L2), mode), want, 5e-6)
+    got = run(optimizers.AdamW(**arguments, l2=L2), mode)
+    if rest is not REST:
+        # The sum that is under way has its penalty when the step is made; without penalties it is compared below.
+        got, want = ({n: x for n, x in s.items() if "gradient_accumulator" not in n} for s in (got, want))
+    assert_same(got, want, 5e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")

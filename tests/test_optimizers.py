@@ -38,7 +38,9 @@ CASES = {
     "Ftrl": ("Ftrl", {"weight_decay": 0.05, "l1_regularization_strength": 0.1, "l2_regularization_strength": 0.1}),
     "Ftrl, power": ("Ftrl", {"learning_rate_power": -0.7, "l2_shrinkage_regularization_strength": 0.1, "beta": 0.2}),
 }
-# What stands around the step and is Keras's own code still.
+if hasattr(keras.optimizers, "ScheduleFreeAdamW"):
+    CASES["ScheduleFreeAdamW"] = ("ScheduleFreeAdamW", {"weight_decay": 0.05, "warmup_steps": 20})
+# What stands around the step.
 AROUND = {
     "clipnorm": {"clipnorm": 0.5},
     "clipvalue": {"clipvalue": 0.2},
@@ -147,7 +149,6 @@ def test_float64_agrees_with_an_oracle_that_stands_alone(case):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("around", AROUND)
 def test_what_stands_around_the_step_is_that_of_keras(around, mode):
-    # Schedules that are evaluated in the loop, and accumulation's branches, are Keras's own.
     results = [train(optimizer(m, "AdamW", **AROUND[around]), mode, 60) for m in (wdops.optimizers, keras.optimizers)]
     assert difference(*results) <= 3e-6
 
