@@ -38,8 +38,6 @@ CASES = {
     "Ftrl": ("Ftrl", {"weight_decay": 0.05, "l1_regularization_strength": 0.1, "l2_regularization_strength": 0.1}),
     "Ftrl, power": ("Ftrl", {"learning_rate_power": -0.7, "l2_shrinkage_regularization_strength": 0.1, "beta": 0.2}),
 }
-if hasattr(keras.optimizers, "ScheduleFreeAdamW"):
-    CASES["ScheduleFreeAdamW"] = ("ScheduleFreeAdamW", {"weight_decay": 0.05, "warmup_steps": 20})
 # What stands around the step.
 AROUND = {
     "clipnorm": {"clipnorm": 0.5},
@@ -144,6 +142,31 @@ def test_float64_agrees_with_an_oracle_that_stands_alone(case):
                 p = p + 0.9 * m - lr * g
         want.append(p)
     assert difference(train(optimizer(wdops.optimizers, case), dtype="float64"), want) <= 1e-13
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "ScheduleFreeAdamW"), reason="this Keras does not have it yet")
+@pytest.mark.parametrize("mode", MODES)
+def test_schedule_free_is_that_of_the_paper(mode):
+    """In NumPy: Keras on TensorFlow takes z' for z where it recovers x (its `momentum_old` is the variable itself)."""
+    start, grads = problem()
+    lr, warmup, decay, beta1, beta2 = float(np.float32(0.01)), 20, 0.05, 0.9, 0.999
+    want = []
+    for i, y in enumerate(start):
+        z, x, v = y.astype(np.float64), y.astype(np.float64), 0.0
+        y = z
+        for t, values in enumerate(grads, start=1):
+            g = values[i].astype(np.float64)
+            y = y - lr * decay * y
+            x = (y - (1 - beta1) * z) / beta1  # the decay is on y
+            v = beta2 * v + (1 - beta2) * g**2
+            z = z - lr * min(t / warmup, 1) * g / (np.sqrt(v / (1 - beta2**t)) + 1e-8)
+            x = (1 - 1 / t) * x + z / t
+            y = (1 - beta1) * z + beta1 * x
+        want.append(y)
+    opt = wdops.optimizers.ScheduleFreeAdamW(0.01, weight_decay=decay, warmup_steps=warmup)
+    assert difference(train(opt, mode), want) <= 2e-6
+    signature = inspect.signature(wdops.optimizers.ScheduleFreeAdamW).parameters
+    assert set(signature) == {*inspect.signature(keras.optimizers.ScheduleFreeAdamW).parameters, *OPTIONS}
 
 
 @pytest.mark.parametrize("mode", MODES)

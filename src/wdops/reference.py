@@ -427,7 +427,7 @@ def schedule_free_adam(
     epsilon: tf.Tensor = 1e-8,
     step: tf.Tensor,
 ) -> tuple[tf.Tensor, ...]:
-    """Schedule-Free Adam (Defazio et al., arXiv:2405.15682), in the form of Keras: all steps weigh alike.
+    """Schedule-Free Adam (Defazio et al., arXiv:2405.15682), where all steps weigh alike, as in Keras on JAX.
 
         v'         = beta2*v + (1 - beta2)*g^2
         z'         = z - lr * g / (sqrt(v'/(1 - beta2^step)) + epsilon)
