@@ -226,22 +226,21 @@ def test_unscaling_costs_no_op_on_gradients():
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
 def test_precision_policies_train(policy, jit):
-    results = []
-    for make in (
-        keras.optimizers.AdamW,
-        optimizers.AdamW,
-        lambda lr: optimizers.LossScaleOptimizer(optimizers.AdamW(lr)),
-    ):
-        keras.config.set_dtype_policy(policy)
-        try:
-            model = small_model()
-            results.append(fit(model, make(0.01), 6, jit))
-            results[-1].append(np.array([model.evaluate(*data(), verbose=0)]))
-        finally:
-            keras.config.set_dtype_policy("float32")
-    # The forward pass in 16 bits turns a last bit of a weight into a jump, so trainings wander; losses stay close.
-    assert max(r[-1] for r in results[1:]) < results[0][-1] + 0.05
-    assert results[0][-1] < 0.9
+    """As well as Keras in float32. (In pure bfloat16 Keras's AdamW stands still: its 1 - beta_2^t is 0 there.)"""
+
+    def loss(optimizer):
+        model = small_model()
+        fit(model, optimizer, 6, jit)
+        return model.evaluate(*data(), verbose=0)
+
+    want = loss(keras.optimizers.AdamW(0.01))
+    assert want < 0.3
+    keras.config.set_dtype_policy(policy)
+    try:
+        for opt in (optimizers.AdamW(0.01), optimizers.LossScaleOptimizer(optimizers.AdamW(0.01))):
+            assert loss(opt) < want + 0.02
+    finally:
+        keras.config.set_dtype_policy("float32")
 
 
 def test_a_decay_of_1e_5_does_not_vanish_in_bfloat16():
