@@ -96,7 +96,7 @@ def test_a_keras_model_is_trained_as_by_fit():
         optimizer = keras.optimizers.AdamW(setting["lr"], weight_decay=setting["weight_decay"])
         model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         model.fit(x[:576], y[:576], batch_size=64, shuffle=False, verbose=0)
-        # Of each of nine steps Keras's bias corrections, in float32, are off by 1e-5, and either rounds weights below 1.
+        # Nine steps: in each Keras's bias corrections, in float32, are off by 1e-5, and either rounds weights below 1.
         assert difference([p[k] for p in params], model.get_weights()) < 9 * (1e-5 * setting["lr"] + 2.0**-23)
 
 
