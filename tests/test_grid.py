@@ -141,6 +141,14 @@ def test_the_command_writes_a_heat_map_and_names_the_best(arguments, tmp_path):
     assert re.search(r"best: \w+=[\d.]+, lr=[\d.]+: validation loss .* test accuracy [\d.]+%", result.stdout)
 
 
+def test_settings_that_diverge(tmp_path):
+    small = ["--epochs", "1", "--strengths", "1", "--batch", "100"]
+    result = run(*small, "--lrs", "0.001", "1e30", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == "" and "best: weight_decay=1, lr=0.001" in result.stdout
+    result = run(*small, "--lrs", "1e30", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr == "Every setting diverged; smaller --lrs may not.\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

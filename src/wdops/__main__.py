@@ -91,9 +91,9 @@ def main() -> None:
         "--lrs", type=float, nargs="+", metavar="X", default=LRS, help=f"default: {' '.join(map(str, LRS))}"
     )
     grid.add_argument("--rule", choices=("adam", "momentum"), default="adam", help="default: adam")
-    grid.add_argument("--epochs", type=int, default=100, help="default: 100")
-    grid.add_argument("--hidden", type=int, default=32, help="units of the hidden layer; default: 32")
-    grid.add_argument("--batch", type=int, default=32, help="examples of a batch, at most 500; default: 32")
+    grid.add_argument("--epochs", type=int, default=60, help="default: 60")
+    grid.add_argument("--hidden", type=int, default=16, help="units of the hidden layer; default: 16")
+    grid.add_argument("--batch", type=int, default=16, help="examples of a batch, at most 500; default: 16")
     grid.add_argument("--seed", type=int, default=0, help="of the split, the start and the batches; default: 0")
     grid.add_argument(
         "--compare", action="store_true", help="also train one after another, without and with model.fit, and time it"

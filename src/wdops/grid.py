@@ -175,7 +175,8 @@ def draw(
     figure, axis = pyplot.subplots(figsize=(2.5 + 0.8 * shape[1], 1.5 + 0.45 * shape[0]), layout="constrained")
     image = axis.imshow(loss.reshape(shape), norm=colors.LogNorm(), cmap="viridis_r", aspect="auto", origin="lower")
     for k, (row, column) in enumerate(np.ndindex(shape)):
-        axis.text(column, row, f"{accuracy[k]:.1%}", ha="center", va="center", color="white", fontsize=8)
+        color = "white" if image.norm(loss[k]) > 0.5 else "black"
+        axis.text(column, row, f"{accuracy[k]:.1%}", ha="center", va="center", color=color, fontsize=8)
     row, column = divmod(best, shape[1])
     axis.add_patch(pyplot.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", lw=3, label="best"))
     axis.set_xticks(range(shape[1]), [f"{lr:g}" for lr in lrs])
@@ -243,6 +244,10 @@ def run(
     def loss_of(params: list[tf.Tensor], x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         return cross_entropy(y, model.stateless_call(params, [], x)[0])
 
+    if compare:  # Whoever comes first would pay for what TensorFlow does once.
+        for count in (1, 2):
+            train(settings[:count], start, loss_of, *data.train, [order[0][:1]], rule)
+
     with Progress(console=console) as progress:
         begin = time.perf_counter()
         bar = progress.track(order, description=f"{len(settings)} settings side by side")
@@ -270,6 +275,9 @@ def run(
                 f"one after another, by model.fit: {rival:.0f} s, {rival / seconds:.0f} times as long, "
                 f"going by {len(sample)} of them"
             )
+    loss = np.where(np.isfinite(loss), loss, np.nan)
+    if np.isnan(loss).all():
+        raise SystemExit("Every setting diverged; smaller --lrs may not.")
     best = int(np.nanargmin(loss))
     _, test_accuracy = evaluate(model, [p[best : best + 1] for p in params], *data.test)
     draw(loss, accuracy, best, decay, strengths, lrs, png)
