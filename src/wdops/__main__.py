@@ -1,10 +1,19 @@
-"""`python -m wdops`: what was built (`info`), and a first look at what it does (`demo`)."""
+"""`python -m wdops`: what was built (`info`), a first look (`demo`), and a search for the right decay (`grid`)."""
 
 import argparse
 import importlib
+import math
 import os
 import sys
 from pathlib import Path
+
+LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+STRENGTHS = {
+    "weight_decay": [0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10],
+    "l2": [0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+    "l1": [0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+    "proximal_l1": [0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+}
 
 
 def start_tensorflow() -> None:
@@ -67,19 +76,53 @@ def main() -> None:
     demo.add_argument("--epochs", type=int, default=20, help="over the digits; default: 20")
     demo.add_argument("--steps", type=int, default=20, help="timed, of each optimizer; default: 20")
     demo.add_argument("--png", type=Path, default=Path("wdops_demo.png"), help="default: wdops_demo.png")
-    arguments = parser.parse_args()
-    if arguments.command == "info":
+    grid = commands.add_parser(
+        "grid",
+        help="train by many decays and learning rates at once",
+        description="Trains a small network on scikit-learn's handwritten digits by every pair of a decay and a "
+        "learning rate, all side by side with one op a step, writes a heat map of the validation loss to a PNG and "
+        "prints the best setting.",
+    )
+    grid.add_argument("--decay", choices=STRENGTHS, default="weight_decay", help="default: weight_decay")
+    grid.add_argument(
+        "--strengths", type=float, nargs="+", metavar="X", help="of the decay; default: 0 and 7 that suit it"
+    )
+    grid.add_argument(
+        "--lrs", type=float, nargs="+", metavar="X", default=LRS, help=f"default: {' '.join(map(str, LRS))}"
+    )
+    grid.add_argument("--rule", choices=("adam", "momentum"), default="adam", help="default: adam")
+    grid.add_argument("--epochs", type=int, default=60, help="default: 60")
+    grid.add_argument("--hidden", type=int, default=16, help="units of the hidden layer; default: 16")
+    grid.add_argument("--batch", type=int, default=16, help="examples of a batch, at most 500; default: 16")
+    grid.add_argument("--seed", type=int, default=0, help="of the split, the start and the batches; default: 0")
+    grid.add_argument(
+        "--compare", action="store_true", help="also train one after another, without and with model.fit, and time it"
+    )
+    grid.add_argument("--png", type=Path, default=Path("wdops_grid.png"), help="default: wdops_grid.png")
+    arguments = vars(parser.parse_args())
+    command = arguments.pop("command")
+    if command == "info":
         info()
         return
-    for name in ("epochs", "steps"):
-        if getattr(arguments, name) < 1:
+    for name in ("epochs", "steps", "hidden", "batch"):
+        if arguments.get(name, 1) < 1:
             parser.error(f"--{name} must be at least 1")
+    if command == "grid":
+        arguments["strengths"] = arguments["strengths"] or STRENGTHS[arguments["decay"]]
+        if not all(0 <= x < math.inf for x in arguments["strengths"]):
+            parser.error("--strengths must be at least 0")
+        if not all(0 < x < math.inf for x in arguments["lrs"]):
+            parser.error("--lrs must be greater than 0")
+        if arguments["batch"] > 500:
+            parser.error("--batch must be at most 500")
+        if not 0 <= arguments["seed"] < 2**32:
+            parser.error("--seed must be from 0 to 2^32 - 1")
     start_tensorflow()
     try:
-        from wdops import demo as program
+        program = importlib.import_module(f"wdops.{command}")
     except ModuleNotFoundError as error:
-        parser.exit(1, f'The demo needs {error.name}: pip install "wdops[demo]"\n')
-    program.run(arguments.epochs, arguments.steps, arguments.png)
+        parser.exit(1, f'{command} needs {error.name}: pip install "wdops[demo]"\n')
+    program.run(**arguments)
 
 
 if __name__ == "__main__":
