@@ -50,7 +50,8 @@ def run(optimizer, mode, steps=13, missing=(), constraint=None, l2=0.0):
 def assert_same(got, want, bound):
     assert len(got) == len(want)
     for (name, g), (_, w) in zip(got.items(), want.items(), strict=True):
-        assert np.max(np.abs(g - w)) <= bound * max(1e-3, np.max(np.abs(w))), name
+        # Gradients are of order 1 or clipped to it: what is far smaller is what is left where they cancel.
+        assert np.max(np.abs(g - w)) <= bound * max(1e-2, np.max(np.abs(w))), name
 
 
 @modes
