@@ -186,6 +186,35 @@ def test_stochastic_bits_depend_on_seed_and_element_alone(isa):
     assert rounded(1)[5:].tobytes() != rounded(1, offset=5).tobytes()
 
 
+@pytest.mark.parametrize("fraction", [1 / 2, 1 / 3, 1 / 64])
+def test_random_bits_are_independent_of_element_tensor_and_seed(fraction):
+    """Every tensor of a step comes to 1 - fraction*ULP, which is rounded up to 1 with probability 1 - fraction."""
+    seeds, n = 256, 1 << 13
+    x = fraction * 2.0**-8
+    hypers = {"lr": 0, "beta1": 1 - x, "beta2": 1 - x, "step": 1, "decay_lr": 1, "weight_decay": x, "ema_momentum": 0}
+    up = np.empty((seeds, 5, n))
+    for seed in range(seeds):
+        param, m, v, average = np.ones((4, n), DTYPES["bfloat16"])
+        vhat, grad = np.zeros((2, n), DTYPES["bfloat16"])
+        run("amsgrad", [param, m, v, vhat, grad], hypers | {"average": average, "seed": seed})
+        up[seed] = [a == 1 for a in (m, v, vhat, param, average)]
+    z = (up - (1 - fraction)) / np.sqrt(fraction * (1 - fraction))
+
+    def deviations(samples, axis=None):
+        """How many of its deviations a mean of independent samples of mean 0 and variance 1 is away from 0."""
+        return np.abs(samples.mean(axis) * np.sqrt(samples.size if axis is None else samples.shape[axis])).max()
+
+    assert deviations(z, axis=0) < 6  # of 40960 pairs of a tensor and an element
+    assert deviations(z, axis=2) < 5
+    for k in range(5):
+        for other in range(k):
+            assert deviations(z[:, k] * z[:, other]) < 4.5, (k, other)
+        for lag in (1, 2, 3, 4, 8, 16, 64, 1024):
+            assert deviations(z[:, k, lag:] * z[:, k, :-lag]) < 4.5, ("element", k, lag)
+        for lag in (1, 2, 16, 128):
+            assert deviations(z[lag:, k] * z[:-lag, k]) < 4.5, ("seed", k, lag)
+
+
 def test_a_small_decay_of_bfloat16_is_kept_on_average(isa):
     """1e-5 a step is a 400th of an ULP: to nearest it is lost for ever, stochastically it is e^-0.01 in 1000 steps."""
     for seed, want in ((None, 1.0), (0, np.exp(-0.01))):

@@ -204,9 +204,9 @@ class ApplyXla : public Lowering {
     }
 
     const Hlo<uint32_t> bits = Bits(param, step.key);
-    TF_RETURN_IF_ERROR(Write(ctx, 0, i, param, bits, 0));
+    TF_RETURN_IF_ERROR(Write(ctx, 0, i, param, bits, inputs_.slots));
     for (int k = 0; k < inputs_.slots; ++k) {
-      TF_RETURN_IF_ERROR(Write(ctx, 1 + k, i, slot[k], bits, 1 + k));
+      TF_RETURN_IF_ERROR(Write(ctx, 1 + k, i, slot[k], bits, k));
     }
     if (inputs_.average >= 0) {
       TF_RETURN_IF_ERROR(
