@@ -40,14 +40,11 @@ class FloatMode {
 // scratch array, which stays in L1, stands for it.
 constexpr int64_t kBlock = 1024;
 
-// Stores tensor k of an element whose random bits are `bits`. `stochastic` has
-// all bits set or none: a choice between bools would not be vectorized.
-template <class S, class T>
-inline void StoreRounded(S value, T* to, uint32_t stochastic, uint32_t bits,
-                         int k) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    const uint32_t nearest = ToNearest(BitCast<uint32_t>(value));
-    Store(value, to, (Addend(bits, k) & stochastic) | (nearest & ~stochastic));
+// Stores tensor k of an element whose random bits are `bits`.
+template <bool kStochastic, class S, class T>
+inline void StoreRounded(S value, T* to, uint32_t bits, int k) {
+  if constexpr (kStochastic && std::is_same_v<T, bfloat16>) {
+    Store(value, to, Addend(bits, k));
   } else {
     Store(value, to);
   }
@@ -72,29 +69,37 @@ struct Arrays {
   }
 };
 
-// What most steps are: no accumulator, no average, no option, one direct loop.
-template <template <class> class Rule, class T, class SlotT>
-void SweepPlain(const Step<Rule, Compute<T>>& step, const Chunk& chunk) {
+// What most steps are: no accumulator, no average, one direct loop. The step is
+// taken by value here, so that no store can change it and its constants stay in
+// registers.
+template <bool kStochastic, template <class> class Rule, class T, class SlotT>
+void SweepPlain(const Step<Rule, Compute<T>> step, const Chunk& chunk) {
   using S = Compute<T>;
   constexpr int kSlots = Step<Rule, S>::kSlots;
   const Arrays<T, SlotT, kSlots> a(chunk, 0);
+  const uint32_t high = static_cast<uint64_t>(chunk.begin) >> 32;
+  const uint32_t low = chunk.begin;
+  const int n = chunk.n;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < chunk.n; ++i) {
+  for (int i = 0; i < n; ++i) {
     S p = Load(a.param[i]);
     S s[kSlots + 1];
     for (int k = 0; k < kSlots; ++k) s[k] = Load(a.slot[k][i]);
     step.Plain(p, Load(a.grad[i]), s);
-    for (int k = 0; k < kSlots; ++k) Store(s[k], &a.slot[k][i]);
-    Store(p, &a.param[i]);
+    const uint32_t bits = RandomBits(step.key, high, low + i);
+    for (int k = 0; k < kSlots; ++k) {
+      StoreRounded<kStochastic>(s[k], &a.slot[k][i], bits, k);
+    }
+    StoreRounded<kStochastic>(p, &a.param[i], bits, kSlots);
   }
 }
 
-template <bool kScaled, template <class> class Rule, class T, class SlotT>
-void SweepFull(const Step<Rule, Compute<T>>& step, const Chunk& chunk) {
+template <bool kStochastic, bool kScaled, template <class> class Rule, class T,
+          class SlotT>
+void SweepFull(const Step<Rule, Compute<T>> step, const Chunk& chunk) {
   using S = Compute<T>;
   constexpr int kSlots = Step<Rule, S>::kSlots;
   T no_accumulator[kBlock] = {}, no_average[kBlock] = {};
-  const uint32_t stochastic = step.options.stochastic ? ~0u : 0;
   const uint32_t high = static_cast<uint64_t>(chunk.begin) >> 32;
   for (int64_t begin = 0; begin < chunk.n; begin += kBlock) {
     Arrays<T, SlotT, kSlots> a(chunk, begin);
@@ -112,25 +117,37 @@ void SweepFull(const Step<Rule, Compute<T>>& step, const Chunk& chunk) {
       step.Average(p, average);
       const uint32_t bits = RandomBits(step.key, high, low + i);
       for (int k = 0; k < kSlots; ++k) {
-        StoreRounded(s[k], &a.slot[k][i], stochastic, bits, 1 + k);
+        StoreRounded<kStochastic>(s[k], &a.slot[k][i], bits, k);
       }
-      StoreRounded(p, &a.param[i], stochastic, bits, 0);
-      StoreRounded(average, &a.average[i], stochastic, bits, 1 + kSlots);
+      StoreRounded<kStochastic>(p, &a.param[i], bits, kSlots);
+      StoreRounded<kStochastic>(average, &a.average[i], bits, 1 + kSlots);
       Store(S(0), &a.accumulator[i]);
     }
+  }
+}
+
+template <bool kStochastic, template <class> class Rule, class T, class SlotT>
+void SweepRounded(const Step<Rule, Compute<T>>& step, const Chunk& chunk) {
+  constexpr bool kRate = kHasRate<Rule<float>, float>;
+  if (kRate && step.options.scaled_proximal) {
+    SweepFull<kStochastic, kRate, Rule, T, SlotT>(step, chunk);
+  } else if (chunk.accumulator || chunk.average) {
+    SweepFull<kStochastic, false, Rule, T, SlotT>(step, chunk);
+  } else {
+    SweepPlain<kStochastic, Rule, T, SlotT>(step, chunk);
   }
 }
 
 template <template <class> class Rule, class T, class SlotT>
 void SweepRule(const void* step_bytes, const Chunk& chunk) {
   const FloatMode mode;
-  const auto step = *static_cast<const Step<Rule, Compute<T>>*>(step_bytes);
-  if (kHasRate<Rule<float>, float> && step.options.scaled_proximal) {
-    SweepFull<kHasRate<Rule<float>, float>, Rule, T, SlotT>(step, chunk);
-  } else if (step.options.stochastic || chunk.accumulator || chunk.average) {
-    SweepFull<false, Rule, T, SlotT>(step, chunk);
+  const auto& step = *static_cast<const Step<Rule, Compute<T>>*>(step_bytes);
+  constexpr bool kBfloat16 =
+      std::is_same_v<T, bfloat16> || std::is_same_v<SlotT, bfloat16>;
+  if (kBfloat16 && step.options.stochastic) {
+    SweepRounded<kBfloat16, Rule, T, SlotT>(step, chunk);
   } else {
-    SweepPlain<Rule, T, SlotT>(step, chunk);
+    SweepRounded<false, Rule, T, SlotT>(step, chunk);
   }
 }
 

@@ -90,9 +90,9 @@ __global__ void __launch_bounds__(kThreads)
       StoreAs(a.dtype, average, a.average, i, stochastic, bits, 1 + kSlots);
     }
     for (int k = 0; k < kSlots; ++k) {
-      StoreAs(a.slot_dtype, s[k], a.slot[k], i, stochastic, bits, 1 + k);
+      StoreAs(a.slot_dtype, s[k], a.slot[k], i, stochastic, bits, k);
     }
-    StoreAs(a.dtype, p, a.param, i, stochastic, bits, 0);
+    StoreAs(a.dtype, p, a.param, i, stochastic, bits, kSlots);
     if (a.accumulator) {
       StoreAs(a.dtype, S(0), a.accumulator, i, false, bits, 0);
     }

@@ -10,7 +10,6 @@
 namespace wdops {
 namespace {
 
-using tensorflow::DataType;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::PartialTensorShape;
@@ -31,12 +30,7 @@ class ApplyOp : public tensorflow::OpKernel {
  public:
   explicit ApplyOp(OpKernelConstruction* ctx)
       : OpKernel(ctx), rule_(*FindRule(ctx->def().op())) {
-    OP_REQUIRES_OK(ctx, MakeInputs(
-                            &rule_,
-                            [&](const char* attr, auto* to) {
-                              return ctx->GetAttr(attr, to);
-                            },
-                            &inputs_, &dtypes_));
+    OP_REQUIRES_OK(ctx, MakeInputs(&rule_, ctx, &inputs_));
     OP_REQUIRES_OK(ctx,
                    ctx->GetAttr("scaled_proximal", &options_.scaled_proximal));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("stochastic", &options_.stochastic));
@@ -51,16 +45,8 @@ class ApplyOp : public tensorflow::OpKernel {
   absl::Status Apply(OpKernelContext* ctx) {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    bool scalars;
-    TF_RETURN_IF_ERROR(CheckHypers(
-        inputs_,
-        [&](int input) -> const TensorShape& {
-          return ctx->input(input).shape();
-        },
-        &scalars));
     Steps steps;
-    TF_RETURN_IF_ERROR(steps.Make(ctx, inputs_, rule_, options_,
-                                  scalars && !rule_.trust, dtypes_));
+    TF_RETURN_IF_ERROR(steps.Make(ctx, inputs_, rule_, options_));
     Tensor* penalty;
     const TensorShape reported({report_penalty_ ? inputs_.n : 0});
     TF_RETURN_IF_ERROR(ctx->allocate_output(0, reported, &penalty));
@@ -77,28 +63,21 @@ class ApplyOp : public tensorflow::OpKernel {
       return Spec<const TensorShape&>{value.dtype(), value.shape()};
     }));
 
-    std::vector<Place> places(inputs_.n);
-    const int64_t chunks = PlaceAll(
-        [&](int i) { return ctx->input(inputs_.Grad(i)).NumElements(); },
-        &places);
+    const Places places(ctx, inputs_);
     std::vector<Target> targets(inputs_.n);
-    int64_t bytes = 0;
     for (int i = 0; i < inputs_.n; ++i) {
-      const Tensor& grad = ctx->input(inputs_.Grad(i));
-      const DType dtype = FromTensorFlow(dtypes_[i]);
-      targets[i] = {
-          steps.Of(i, dtype), dtype,
-          LayoutOf(inputs_, i,
-                   [&](int input) { return vars[input]->tensor()->dtype(); }),
-          Data(grad)};
-      bytes += grad.TotalBytes() * (2 * inputs_.lists.size() - 1);
+      const DType dtype = FromTensorFlow(inputs_.dtypes[i]);
+      const int last = inputs_.At(inputs_.slots, i);  // slot, or the variable
+      const DType slot = FromTensorFlow(vars[last]->tensor()->dtype());
+      targets[i] = {steps.Of(i, dtype), dtype, FindLayout(dtype, slot),
+                    Data(ctx->input(inputs_.Grad(i)))};
     }
 
     const size_t rule = &rule_ - kRules;
     // Reads what CopyOnWrite has not replaced yet, and writes nothing.
     if (rule_.trust) {
-      std::vector<cpu::Sums> sums(chunks);
-      ForChunks(ctx, places, chunks, bytes,
+      std::vector<cpu::Sums> sums(places.Chunks());
+      ForChunks(ctx, places, 2 * inputs_.lists.size() - 1,
                 [&](int i, int64_t c, int64_t begin, int64_t n) {
                   const cpu::Chunk chunk =
                       ChunkOf(vars, targets[i], i, begin, n);
@@ -107,15 +86,15 @@ class ApplyOp : public tensorflow::OpKernel {
                 });
       for (int i = 0; i < inputs_.n; ++i) {
         rule_.set_trust[targets[i].dtype](
-            targets[i].step, cpu::TrustRatio(SumOver(places[i], sums)));
+            targets[i].step, cpu::TrustRatio(places.SumOver(i, sums)));
       }
     }
 
     // Keeps the old buffers alive until the sweep has read them.
     std::vector<Tensor> sources(inputs_.Resources());
     TF_RETURN_IF_ERROR(CopyOnWrite(ctx, vars, &sources));
-    std::vector<cpu::Sums> sums(report_penalty_ ? chunks : 0);
-    ForChunks(ctx, places, chunks, bytes,
+    std::vector<cpu::Sums> sums(report_penalty_ ? places.Chunks() : 0);
+    ForChunks(ctx, places, 2 * inputs_.lists.size() - 1,
               [&](int i, int64_t c, int64_t begin, int64_t n) {
                 const Target& target = targets[i];
                 CopyChunk(vars, sources, i, begin, n);
@@ -126,10 +105,10 @@ class ApplyOp : public tensorflow::OpKernel {
                 }
               });
     for (int i = 0; report_penalty_ && i < inputs_.n; ++i) {
-      const auto [absolute, square] = SumOver(places[i], sums);
+      const auto [absolute, square] = places.SumOver(i, sums);
       penalty->vec<double>()(i) =
-          Term(HyperOf(ctx, inputs_, kL1, i), absolute) +
-          Term(HyperOf(ctx, inputs_, kL2, i), square);
+          PenaltyOf(HyperOf(ctx, inputs_, kL1, i),
+                    HyperOf(ctx, inputs_, kL2, i), absolute, square);
     }
     return absl::OkStatus();
   }
@@ -207,7 +186,6 @@ class ApplyOp : public tensorflow::OpKernel {
 
   const RuleInfo& rule_;
   Inputs inputs_;
-  std::vector<DataType> dtypes_;
   StepOptions options_;
   bool report_penalty_;
 };
@@ -215,10 +193,7 @@ class ApplyOp : public tensorflow::OpKernel {
 // What tracing can already tell.
 absl::Status ApplyShape(const RuleInfo& rule, InferenceContext* c) {
   Inputs inputs;
-  std::vector<DataType> dtypes;
-  TF_RETURN_IF_ERROR(MakeInputs(
-      &rule, [&](const char* attr, auto* to) { return c->GetAttr(attr, to); },
-      &inputs, &dtypes));
+  TF_RETURN_IF_ERROR(MakeInputs(&rule, c, &inputs));
   bool report_penalty;
   TF_RETURN_IF_ERROR(c->GetAttr("report_penalty", &report_penalty));
   c->set_output(0, c->Vector(report_penalty ? inputs.n : 0));
@@ -227,7 +202,7 @@ absl::Status ApplyShape(const RuleInfo& rule, InferenceContext* c) {
   };
   return CheckTensors(inputs, [&](int input) -> Spec<PartialTensorShape> {
     if (input >= inputs.Resources()) {
-      return {dtypes[input % inputs.n], shape_of(c->input(input))};
+      return {inputs.dtypes[input % inputs.n], shape_of(c->input(input))};
     }
     const auto* value = c->input_handle_shapes_and_types(input);
     if (!value || value->size() != 1) return {tensorflow::DT_INVALID, {}};

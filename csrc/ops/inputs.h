@@ -39,6 +39,7 @@ inline DType FromTensorFlow(tensorflow::DataType dtype) {
 // A list that is not given has no place.
 struct Inputs {
   int n = 0;
+  std::vector<tensorflow::DataType> dtypes;  // of the gradients
   std::vector<std::string> lists;
   std::vector<std::string> hypers;
   int slots = 0;                       // lists 1 to `slots` are slots
@@ -55,33 +56,32 @@ struct Inputs {
   }
 };
 
-// Takes the attributes that `get(name, &value)` knows: N and T, and how many
-// accumulators and averages there are: none or N. Without a rule it is the op
-// of norms, whose variables are optional too.
-template <class Get>
-absl::Status MakeInputs(const RuleInfo* rule, const Get& get, Inputs* inputs,
-                        std::vector<tensorflow::DataType>* dtypes) {
-  TF_RETURN_IF_ERROR(get("T", dtypes));
+// Takes the attributes of an op from a context of whichever kind: N and T, and
+// how many accumulators and averages there are: none or N. Without a rule it is
+// the op of norms, whose variables are optional too.
+template <class Context>
+absl::Status MakeInputs(const RuleInfo* rule, Context* ctx, Inputs* inputs) {
+  TF_RETURN_IF_ERROR(ctx->GetAttr("T", &inputs->dtypes));
+  inputs->n = inputs->dtypes.size();
   const auto check = [&](const char* name, int entries) {
-    if (entries == static_cast<int>(dtypes->size())) return absl::OkStatus();
+    if (entries == inputs->n) return absl::OkStatus();
     return absl::InvalidArgumentError(absl::StrCat(
-        "grad has ", dtypes->size(), " entries, but ", name, " has ", entries));
+        "grad has ", inputs->n, " entries, but ", name, " has ", entries));
   };
   const auto optional = [&](const char* attr, const char* name,
                             int* place) -> absl::Status {
     int entries;
-    TF_RETURN_IF_ERROR(get(attr, &entries));
+    TF_RETURN_IF_ERROR(ctx->GetAttr(attr, &entries));
     if (entries == 0) return absl::OkStatus();
     *place = inputs->lists.size();
     inputs->lists.push_back(name);
     return check(name, entries);
   };
-  inputs->n = dtypes->size();
   inputs->hypers = HyperNames(rule);
   int var = -1;
   if (rule) {
     int n;
-    TF_RETURN_IF_ERROR(get("N", &n));
+    TF_RETURN_IF_ERROR(ctx->GetAttr("N", &n));
     TF_RETURN_IF_ERROR(check("var", n));
     inputs->lists = {"var"};
     inputs->lists.insert(inputs->lists.end(), rule->slots.begin(),
@@ -112,14 +112,6 @@ struct Spec {
   tensorflow::DataType dtype;
   Shape shape;
 };
-
-// The layout of variable i. `dtype_of(input)` is a DataType.
-template <class DTypeOf>
-int LayoutOf(const Inputs& inputs, int i, const DTypeOf& dtype_of) {
-  return FindLayout(
-      FromTensorFlow(dtype_of(i)),
-      FromTensorFlow(dtype_of(inputs.slots ? inputs.At(1, i) : i)));
-}
 
 // Whether everything that belongs to a variable has its shape, and its dtype;
 // slots may all have another dtype of a layout. `spec_of(input)` is a Spec.

@@ -18,12 +18,7 @@ using tensorflow::TensorShape;
 class NormsOp : public tensorflow::OpKernel {
  public:
   explicit NormsOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, MakeInputs(
-                            nullptr,
-                            [&](const char* attr, auto* to) {
-                              return ctx->GetAttr(attr, to);
-                            },
-                            &inputs_, &dtypes_));
+    OP_REQUIRES_OK(ctx, MakeInputs(nullptr, ctx, &inputs_));
   }
 
   void Compute(OpKernelContext* ctx) override {
@@ -34,19 +29,14 @@ class NormsOp : public tensorflow::OpKernel {
   absl::Status Measure(OpKernelContext* ctx) {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    bool scalars;
-    TF_RETURN_IF_ERROR(CheckHypers(
-        inputs_,
-        [&](int input) -> const TensorShape& {
-          return ctx->input(input).shape();
-        },
-        &scalars));
     Steps steps;
-    TF_RETURN_IF_ERROR(
-        steps.Make(ctx, inputs_, kRules[0], {}, scalars, dtypes_));
+    TF_RETURN_IF_ERROR(steps.Make(ctx, inputs_, kRules[0], {}));
     // A tensor that shares a variable's buffer makes whoever writes to the
     // variable in the meantime copy it, so no lock is held while it is read.
-    std::vector<Tensor> values(inputs_.Resources());
+    std::vector<Tensor> values(inputs_.Grad(inputs_.n));
+    for (int i = 0; i < inputs_.n; ++i) {
+      values[inputs_.Grad(i)] = ctx->input(inputs_.Grad(i));
+    }
     {
       Vars vars;
       TF_RETURN_IF_ERROR(LookupVariables(ctx, inputs_, &vars));
@@ -57,9 +47,8 @@ class NormsOp : public tensorflow::OpKernel {
       }
     }
     TF_RETURN_IF_ERROR(CheckTensors(inputs_, [&](int input) {
-      const Tensor& value =
-          input < inputs_.Resources() ? values[input] : ctx->input(input);
-      return Spec<const TensorShape&>{value.dtype(), value.shape()};
+      return Spec<const TensorShape&>{values[input].dtype(),
+                                      values[input].shape()};
     }));
     Tensor *norm, *penalty, *finite;
     TF_RETURN_IF_ERROR(
@@ -68,49 +57,39 @@ class NormsOp : public tensorflow::OpKernel {
         ctx->allocate_output(1, TensorShape({inputs_.n}), &penalty));
     TF_RETURN_IF_ERROR(ctx->allocate_output(2, TensorShape({}), &finite));
 
-    std::vector<Place> places(inputs_.n);
-    const int64_t chunks = PlaceAll(
-        [&](int i) { return ctx->input(inputs_.Grad(i)).NumElements(); },
-        &places);
-    int64_t bytes = 0;
-    for (int i = 0; i < inputs_.n; ++i) {
-      bytes += ctx->input(inputs_.Grad(i)).TotalBytes() * inputs_.lists.size();
-    }
+    const Places places(ctx, inputs_);
     const bool has_var = inputs_.lists[0] == "var";
-    std::vector<cpu::Sums> gradient(chunks), param(chunks);
-    ForChunks(
-        ctx, places, chunks, bytes,
-        [&](int i, int64_t c, int64_t begin, int64_t n) {
-          const DType dtype = FromTensorFlow(dtypes_[i]);
-          const auto data = [&](int input) {
-            const Tensor& value =
-                input < inputs_.Resources() ? values[input] : ctx->input(input);
-            return Data(value) + begin * kDTypeBytes[dtype];
-          };
-          cpu::Chunk chunk{begin, n, has_var ? data(i) : nullptr,
-                           data(inputs_.Grad(i))};
-          if (inputs_.accumulator >= 0) {
-            chunk.accumulator = data(inputs_.At(inputs_.accumulator, i));
-          }
-          gradient[c] = kernels->gradient[dtype](steps.Of(i, dtype), chunk);
-          if (has_var) param[c] = kernels->penalty[dtype](nullptr, chunk);
-        });
+    std::vector<cpu::Sums> gradient(places.Chunks()), param(places.Chunks());
+    ForChunks(ctx, places, inputs_.lists.size(),
+              [&](int i, int64_t c, int64_t begin, int64_t n) {
+                const DType dtype = FromTensorFlow(inputs_.dtypes[i]);
+                const auto data = [&](int input) {
+                  return Data(values[input]) + begin * kDTypeBytes[dtype];
+                };
+                cpu::Chunk chunk{begin, n, has_var ? data(i) : nullptr,
+                                 data(inputs_.Grad(i))};
+                if (inputs_.accumulator >= 0) {
+                  chunk.accumulator = data(inputs_.At(inputs_.accumulator, i));
+                }
+                gradient[c] =
+                    kernels->gradient[dtype](steps.Of(i, dtype), chunk);
+                if (has_var) param[c] = kernels->penalty[dtype](nullptr, chunk);
+              });
     bool all_finite = true;
     for (int i = 0; i < inputs_.n; ++i) {
-      const cpu::Sums sums = SumOver(places[i], gradient);
-      const auto [absolute, square] = SumOver(places[i], param);
-      all_finite &= cpu::IsFinite(sums, FromTensorFlow(dtypes_[i]));
+      const cpu::Sums sums = places.SumOver(i, gradient);
+      const auto [absolute, square] = places.SumOver(i, param);
+      all_finite &= cpu::IsFinite(sums, FromTensorFlow(inputs_.dtypes[i]));
       norm->vec<double>()(i) = std::sqrt(sums.a);
       penalty->vec<double>()(i) =
-          Term(HyperOf(ctx, inputs_, kL1, i), absolute) +
-          Term(HyperOf(ctx, inputs_, kL2, i), square);
+          PenaltyOf(HyperOf(ctx, inputs_, kL1, i),
+                    HyperOf(ctx, inputs_, kL2, i), absolute, square);
     }
     finite->scalar<bool>()() = all_finite;
     return absl::OkStatus();
   }
 
   Inputs inputs_;
-  std::vector<DataType> dtypes_;
 };
 
 const bool registered = [] {

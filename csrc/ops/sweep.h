@@ -53,15 +53,19 @@ inline double HyperOf(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
   return value.flat<double>()(value.dims() == 0 ? 0 : i);
 }
 
-// Makes the constants of a rule's step: one for each dtype where every
-// hyperparameter is a scalar and `shared`, else one for each variable.
+// The constants of a rule's step: one for each dtype where every hyperparameter
+// is a scalar and the rule wants no norm of each variable, else one for each
+// variable.
 class Steps {
  public:
   absl::Status Make(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
-                    const RuleInfo& rule, StepOptions options, bool shared,
-                    const std::vector<tensorflow::DataType>& dtypes) {
-    shared_ = shared;
-    steps_.resize(shared ? kDTypeCount : inputs.n);
+                    const RuleInfo& rule, StepOptions options) {
+    bool scalars;
+    TF_RETURN_IF_ERROR(CheckHypers(
+        inputs, [&](int input) { return ctx->input(input).shape(); },
+        &scalars));
+    shared_ = scalars && !rule.trust;
+    steps_.resize(shared_ ? kDTypeCount : inputs.n);
     const size_t given = inputs.hypers.size();
     std::vector<double> hyper(std::max<size_t>(given, kStepHyperCount));
     for (size_t s = 0; s < steps_.size(); ++s) {
@@ -71,9 +75,9 @@ class Steps {
       const std::string error = HyperError(inputs.hypers, hyper.data());
       if (!error.empty()) {
         return absl::InvalidArgumentError(
-            shared ? error : absl::StrCat(error, " (", inputs.Name(s), ")"));
+            shared_ ? error : absl::StrCat(error, " (", inputs.Name(s), ")"));
       }
-      const int dtype = shared ? s : FromTensorFlow(dtypes[s]);
+      const int dtype = shared_ ? s : FromTensorFlow(inputs.dtypes[s]);
       rule.make_step[dtype](hyper.data(), options, &steps_[s]);
     }
     return absl::OkStatus();
@@ -85,35 +89,45 @@ class Steps {
   std::vector<AnyStep> steps_;
 };
 
-// The place of one variable in the table of chunks of all.
-struct Place {
-  int64_t n = 0;  // elements
-  int64_t first_chunk = 0;
-};
+// The chunks of all variables, one variable behind the other.
+struct Places {
+  std::vector<int64_t> n;      // elements of each variable
+  std::vector<int64_t> first;  // chunk of each variable, then how many in all
+  int64_t bytes = 0;           // of the gradients
 
-// Gives every variable its place; returns the number of chunks.
-template <class NOf>
-int64_t PlaceAll(const NOf& n_of, std::vector<Place>* places) {
-  int64_t chunks = 0;
-  for (size_t i = 0; i < places->size(); ++i) {
-    (*places)[i] = {n_of(i), chunks};
-    chunks += cpu::Chunks((*places)[i].n);
+  Places(tensorflow::OpKernelContext* ctx, const Inputs& inputs) : first({0}) {
+    for (int i = 0; i < inputs.n; ++i) {
+      const tensorflow::Tensor& grad = ctx->input(inputs.Grad(i));
+      n.push_back(grad.NumElements());
+      first.push_back(first[i] + cpu::Chunks(n[i]));
+      bytes += grad.TotalBytes();
+    }
   }
-  return chunks;
-}
+  int64_t Chunks() const { return first.back(); }
+
+  // The sums of variable i, over its chunks in their order.
+  cpu::Sums SumOver(int i, const std::vector<cpu::Sums>& of_chunks) const {
+    cpu::Sums sums;
+    for (int64_t c = first[i]; c < first[i + 1]; ++c) {
+      sums.a += of_chunks[c].a;
+      sums.b += of_chunks[c].b;
+    }
+    return sums;
+  }
+};
 
 // Calls run(variable, chunk, begin, n) for every chunk, in TensorFlow's pool.
 // `chunk` counts over all variables; `begin` and `n` are elements of its own.
-// `bytes`: what is read and written in all.
+// `passes`: how often as much as the gradients is read or written.
 template <class Run>
-void ForChunks(tensorflow::OpKernelContext* ctx,
-               const std::vector<Place>& places, int64_t chunks, int64_t bytes,
-               const Run& run) {
+void ForChunks(tensorflow::OpKernelContext* ctx, const Places& places,
+               int passes, const Run& run) {
+  const int64_t chunks = places.Chunks();
   // A core moves about 8 bytes a cycle, and waking a thread costs as much as
   // 2^17 cycles of sweeping.
   auto* pool = ctx->device()->tensorflow_cpu_worker_threads()->workers;
-  const int64_t threads =
-      std::min<int64_t>({pool->NumThreads(), chunks, 1 + (bytes / 8 >> 17)});
+  const int64_t threads = std::min<int64_t>(
+      {pool->NumThreads(), chunks, 1 + (places.bytes * passes / 8 >> 17)});
   // Each thread claims a share of what is left: long runs at first, which the
   // processor prefetches through, and single chunks at the end, so that little
   // is waited for where one thread is slow.
@@ -126,9 +140,9 @@ void ForChunks(tensorflow::OpKernelContext* ctx,
           chunk + std::max<int64_t>(1, (chunks - chunk) / (2 * threads));
       if (!claimed.compare_exchange_weak(chunk, end)) continue;
       for (; chunk < end; ++chunk) {
-        while (chunk >= places[i].first_chunk + cpu::Chunks(places[i].n)) ++i;
-        const int64_t begin = (chunk - places[i].first_chunk) * cpu::kChunk;
-        run(i, chunk, begin, std::min(cpu::kChunk, places[i].n - begin));
+        while (chunk >= places.first[i + 1]) ++i;
+        const int64_t begin = (chunk - places.first[i]) * cpu::kChunk;
+        run(i, chunk, begin, std::min(cpu::kChunk, places.n[i] - begin));
       }
       chunk = claimed;
     }
@@ -137,17 +151,6 @@ void ForChunks(tensorflow::OpKernelContext* ctx,
   pool->ParallelFor(threads,
                     tensorflow::thread::ThreadPool::SchedulingParams::Fixed(1),
                     work);
-}
-
-// The sums of one variable, over its chunks in their order.
-inline cpu::Sums SumOver(const Place& place,
-                         const std::vector<cpu::Sums>& of_chunks) {
-  cpu::Sums sums;
-  for (int64_t c = 0; c < cpu::Chunks(place.n); ++c) {
-    sums.a += of_chunks[place.first_chunk + c].a;
-    sums.b += of_chunks[place.first_chunk + c].b;
-  }
-  return sums;
 }
 
 }  // namespace wdops

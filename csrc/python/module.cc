@@ -14,10 +14,6 @@ using py::literals::operator""_a;
 namespace wdops {
 namespace {
 
-std::vector<std::string> List(const Names& names) {
-  return {names.begin(), names.end()};
-}
-
 int FindDType(const py::array& array, const std::string& name) {
   const auto given = py::str(array.dtype()).cast<std::string>();
   int dtype = 0;
@@ -193,18 +189,17 @@ py::tuple NormOf(const py::array& grad, const std::optional<py::array>& param,
   const cpu::Sums gradient = sums_of(kernels.gradient[dtype]);
   const cpu::Sums penalty =
       param_data ? sums_of(kernels.penalty[dtype]) : cpu::Sums();
-  return py::make_tuple(
-      std::sqrt(gradient.a),
-      Term(hyper[kL1], penalty.a) + Term(hyper[kL2], penalty.b),
-      cpu::IsFinite(gradient, dtype));
+  return py::make_tuple(std::sqrt(gradient.a),
+                        PenaltyOf(hyper[kL1], hyper[kL2], penalty.a, penalty.b),
+                        cpu::IsFinite(gradient, dtype));
 }
 
 PYBIND11_MODULE(_native, m) {
   py::list rules;
   for (const RuleInfo& rule : kRules) {
+    const std::vector<std::string> slots(rule.slots.begin(), rule.slots.end());
     rules.append(py::dict("name"_a = rule.name, "op"_a = rule.op,
-                          "slots"_a = List(rule.slots),
-                          "hypers"_a = HyperNames(&rule)));
+                          "slots"_a = slots, "hypers"_a = HyperNames(&rule)));
   }
   m.attr("rules") = rules;
   m.attr("gradient_hypers") = HyperNames(nullptr);

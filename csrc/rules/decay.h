@@ -28,6 +28,12 @@ WDOPS_FN V SoftThreshold(V x, S threshold) {
                     Select(x < -threshold, -threshold, x));
 }
 
+// The penalty of elements whose sums of |x| and of x^2 these are.
+template <class S>
+WDOPS_FN S PenaltyOf(S l1, S l2, S absolute, S squares) {
+  return Term(l1, absolute) + Term(l2, squares);
+}
+
 // `x` within [-limit, limit]; a limit of 0 is none. NaN propagates.
 template <class S, class V>
 WDOPS_FN V ClipValue(V x, S limit) {

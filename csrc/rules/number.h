@@ -94,13 +94,12 @@ WDOPS_FN void Store(double value, double* to) { *to = value; }
 // to nearest, ties to even, and 16 random bits round stochastically.
 WDOPS_FN uint32_t ToNearest(uint32_t bits) { return 0x7fff + (bits >> 16 & 1); }
 
-// A NaN stays a (quiet) NaN.
+// A sum could carry a NaN over to 0, so nothing is added to one. It stays one
+// when it is cut: arithmetic makes quiet NaNs, marked in the upper half.
 WDOPS_FN void Store(float value, bfloat16* to, uint32_t addend) {
-  const uint32_t bits = BitCast<uint32_t>(value);
-  const uint32_t rounded = bits + addend;
-  const uint32_t nan = bits | 0x00400000;
-  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  to->bits = static_cast<uint16_t>((is_nan ? nan : rounded) >> 16);
+  const uint32_t rounded =
+      BitCast<uint32_t>(value) + (value == value ? addend : 0);
+  to->bits = static_cast<uint16_t>(rounded >> 16);
 }
 WDOPS_FN void Store(float value, bfloat16* to) {
   Store(value, to, ToNearest(BitCast<uint32_t>(value)));

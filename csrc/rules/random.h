@@ -39,12 +39,15 @@ WDOPS_FN U RandomBits(const Key<U>& key, U high, U low) {
   return Mix(low ^ key.first, key.second + high);
 }
 
-// The 16 bits for tensor k of a step (0: the parameter, then its slots, then
-// the average), made of the RandomBits of the element.
+// The 16 bits for tensor k of a step (the slots, then the parameter, then the
+// average), made of the RandomBits of the element: its two halves, and beyond
+// them upper halves of its products with powers of a multiplier whose lattices
+// are nearly the best, so that any two are as good as independent.
 template <class U>
 WDOPS_FN U Addend(U bits, int k) {
-  const U mixed = k < 2 ? bits : Mix(bits, Like(bits, k / 2));
-  return k % 2 == 0 ? mixed >> 16 : mixed & Like(mixed, 0xffff);
+  if (k == 1) return bits & Like(bits, 0xffff);
+  for (; k > 1; --k) bits = bits * Like(bits, 0x93d765dd);
+  return bits >> 16;
 }
 
 }  // namespace wdops

@@ -34,8 +34,9 @@ Hlo<double> SquaresOf(Hlo<T> x) {
   return SumOf(wide * wide);
 }
 
-Hlo<double> PenaltyOf(Hlo<double> l1, Hlo<double> l2, Hlo<double> param) {
-  return Term(l1, SumOf(Abs(param))) + Term(l2, SquaresOf(param));
+Hlo<double> PenaltyOf(const std::vector<Hlo<double>>& hyper,
+                      Hlo<double> param) {
+  return PenaltyOf(hyper[kL1], hyper[kL2], SumOf(Abs(param)), SquaresOf(param));
 }
 
 // What the lowerings share: inputs, checks, and reading of variables.
@@ -43,12 +44,7 @@ class Lowering : public tensorflow::XlaOpKernel {
  public:
   Lowering(tensorflow::OpKernelConstruction* ctx, const RuleInfo* rule)
       : XlaOpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, MakeInputs(
-                            rule,
-                            [&](const char* attr, auto* to) {
-                              return ctx->GetAttr(attr, to);
-                            },
-                            &inputs_, &dtypes_));
+    OP_REQUIRES_OK(ctx, MakeInputs(rule, ctx, &inputs_));
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
@@ -94,7 +90,6 @@ class Lowering : public tensorflow::XlaOpKernel {
   }
 
   Inputs inputs_;
-  std::vector<DataType> dtypes_;
   std::vector<DataType> stored_dtypes_;  // of the variables
   bool scalars_;
 
@@ -158,12 +153,11 @@ class ApplyXla : public Lowering {
         step64.emplace(hyper.data(), options_);
       }
       Hlo<double> param;
-      TF_RETURN_IF_ERROR(dtypes_[i] == tensorflow::DT_DOUBLE
+      TF_RETURN_IF_ERROR(inputs_.dtypes[i] == tensorflow::DT_DOUBLE
                              ? Update<double>(ctx, i, *step64, &param)
                              : Update<float>(ctx, i, *step32, &param));
       if (!report_penalty_) continue;
-      penalties.push_back(
-          xla::Reshape(PenaltyOf(hyper[kL1], hyper[kL2], param).op, {1}));
+      penalties.push_back(xla::Reshape(PenaltyOf(hyper, param).op, {1}));
     }
     xla::XlaBuilder* builder = ctx->builder();
     ctx->SetOutput(0, penalties.empty()
@@ -210,9 +204,9 @@ class ApplyXla : public Lowering {
     }
 
     const Hlo<uint32_t> bits = Bits(param, step.key);
-    TF_RETURN_IF_ERROR(Write(ctx, 0, i, param, bits, 0));
+    TF_RETURN_IF_ERROR(Write(ctx, 0, i, param, bits, inputs_.slots));
     for (int k = 0; k < inputs_.slots; ++k) {
-      TF_RETURN_IF_ERROR(Write(ctx, 1 + k, i, slot[k], bits, 1 + k));
+      TF_RETURN_IF_ERROR(Write(ctx, 1 + k, i, slot[k], bits, k));
     }
     if (inputs_.average >= 0) {
       TF_RETURN_IF_ERROR(
@@ -277,7 +271,7 @@ class NormsXla : public Lowering {
       const auto hyper = Hypers(ctx, i);
       Hlo<double> squares, penalty, nan;
       TF_RETURN_IF_ERROR(
-          dtypes_[i] == tensorflow::DT_DOUBLE
+          inputs_.dtypes[i] == tensorflow::DT_DOUBLE
               ? Measure<double>(ctx, i, hyper, &squares, &penalty, &nan)
               : Measure<float>(ctx, i, hyper, &squares, &penalty, &nan));
       norms.push_back(xla::Reshape(Sqrt(squares).op, {1}));
@@ -308,8 +302,7 @@ class NormsXla : public Lowering {
     if (inputs_.lists[0] == "var") {
       TF_RETURN_IF_ERROR(Read(ctx, 0, i, &param));
       total = total + gradient.Penalty(param);
-      *penalty =
-          PenaltyOf(hyper[kL1], hyper[kL2], static_cast<Hlo<double>>(param));
+      *penalty = PenaltyOf(hyper, static_cast<Hlo<double>>(param));
     }
     *squares = SquaresOf(total);
     *nan = SumOf(total - total);
