@@ -67,12 +67,13 @@ class Steps {
     shared_ = scalars && !rule.trust;
     steps_.resize(shared_ ? kDTypeCount : inputs.n);
     const size_t given = inputs.hypers.size();
+    const std::vector<double> minima = Minima(inputs.hypers);
     std::vector<double> hyper(std::max<size_t>(given, kStepHyperCount));
     for (size_t s = 0; s < steps_.size(); ++s) {
       for (size_t j = 0; j < given; ++j) {
         hyper[j] = HyperOf(ctx, inputs, j, s);
       }
-      const std::string error = HyperError(inputs.hypers, hyper.data());
+      const std::string error = HyperError(inputs.hypers, minima, hyper.data());
       if (!error.empty()) {
         return absl::InvalidArgumentError(
             shared_ ? error : absl::StrCat(error, " (", inputs.Name(s), ")"));

@@ -82,7 +82,7 @@ void CheckHypers(const std::vector<std::string>& names,
                           " hyperparameters, not " +
                           std::to_string(hyper.size()));
   }
-  const std::string error = HyperError(names, hyper.data());
+  const std::string error = HyperError(names, Minima(names), hyper.data());
   if (!error.empty()) throw py::value_error(error);
 }
 

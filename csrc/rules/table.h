@@ -143,19 +143,31 @@ inline std::string ToString(double value) {
   return text;
 }
 
+// The least value of each hyperparameter; -infinity: there is none.
+inline std::vector<double> Minima(const std::vector<std::string>& names) {
+  std::vector<double> minima(names.size(), -INFINITY);
+  for (size_t i = 0; i < names.size(); ++i) {
+    for (const Minimum& minimum : kMinima) {
+      if (names[i] == minimum.hyper) minima[i] = minimum.value;
+    }
+  }
+  return minima;
+}
+
 // What is wrong with the hyperparameters of one variable; empty if nothing is.
+// `minima` are those of all, which a caller makes once: an op asks for each of
+// hundreds of variables.
 inline std::string HyperError(const std::vector<std::string>& names,
+                              const std::vector<double>& minima,
                               const double* hyper) {
   for (size_t i = 0; i < names.size(); ++i) {
-    const std::string is = names[i] + " is " + ToString(hyper[i]);
-    for (const Minimum& minimum : kMinima) {
-      if (names[i] == minimum.hyper && !(hyper[i] >= minimum.value)) {
-        return is + ", but must be at least " + ToString(minimum.value);
-      }
-    }
     // A scale that is NaN tells of a gradient that is, and goes where it goes.
     const bool scale = i == kGradScale || i == kClipScale;
-    if (!std::isfinite(hyper[i]) && !scale) return is + ", but must be finite";
+    if (scale || (std::isfinite(hyper[i]) && hyper[i] >= minima[i])) continue;
+    const std::string is = names[i] + " is " + ToString(hyper[i]);
+    const bool low = std::isfinite(minima[i]) && !(hyper[i] >= minima[i]);
+    return is + ", but must be " +
+           (low ? "at least " + ToString(minima[i]) : "finite");
   }
   if (names.size() > kLr && hyper[kLr] < 0 &&
       (hyper[kProximalL1] > 0 || hyper[kProximalL2] > 0)) {
