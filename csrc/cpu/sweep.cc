@@ -151,34 +151,36 @@ void SweepRule(const void* step_bytes, const Chunk& chunk) {
   }
 }
 
-// Adds up term(i) for every i below n in a fixed tree: kLanes sums side by
-// side, so that every vector width gives the same bits, and then their halves.
+// Adds up each number of the array term(i) for every i below n in a fixed tree:
+// kLanes sums side by side, so that every vector width gives the same bits, and
+// then their halves.
 constexpr int kLanes = 64;
 
 template <class Term>
 Sums AddUp(int64_t n, const Term& term) {
-  double a[kLanes] = {}, b[kLanes] = {};
+  using Terms = decltype(term(0));
+  constexpr int kTerms = std::tuple_size_v<Terms>;
+  double sums[kTerms][kLanes] = {};
+  const auto add = [&](int64_t i, int lane) {
+    const Terms terms = term(i);
+    for (int t = 0; t < kTerms; ++t) sums[t][lane] += terms[t];
+  };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
 #pragma GCC ivdep
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const auto [x, y] = term(i + lane);
-      a[lane] += x;
-      b[lane] += y;
+    for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  }
+  for (int lane = 0; i + lane < n; ++lane) add(i + lane, lane);
+  double total[4] = {};
+  for (int t = 0; t < kTerms; ++t) {
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) {
+        sums[t][lane] += sums[t][lane + half];
+      }
     }
+    total[t] = sums[t][0];
   }
-  for (int lane = 0; i + lane < n; ++lane) {
-    const auto [x, y] = term(i + lane);
-    a[lane] += x;
-    b[lane] += y;
-  }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      a[lane] += a[lane + half];
-      b[lane] += b[lane + half];
-    }
-  }
-  return {a[0], b[0]};
+  return {total[0], total[1], total[2], total[3]};
 }
 
 template <template <class> class Rule, class T, class SlotT>
@@ -196,7 +198,7 @@ Sums TrustSums(const void* step_bytes, const Chunk& chunk) {
       const S g = step.Clip(total(i, p, Load(a.grad[i])));
       const double decayed = step.Decay(p);
       const double direction = step.rule.Direction(g, s);
-      return Sums{decayed * decayed, direction * direction};
+      return std::array{decayed * decayed, direction * direction};
     });
   };
   if (!chunk.accumulator) {
@@ -222,29 +224,39 @@ Sums GradientSums(const void* step_bytes, const Chunk& chunk) {
   const FloatMode mode;
   const auto gradient = *static_cast<const Gradient<S>*>(step_bytes);
   const Arrays<T, T, 0> a(chunk, 0);
+  const auto mean = [&](int64_t i) {
+    return gradient.Mean(Load(a.grad[i]), Load(a.accumulator[i]));
+  };
+  const auto scaled = [&](int64_t i) {
+    return gradient.Scaled(Load(a.grad[i]));
+  };
+  // The square of a float does not overflow as a double, and tells by itself
+  // whether all is finite.
   const auto squares = [&](const auto& total) {
     return AddUp(chunk.n, [&](int64_t i) {
-      const double g = total(i, Load(a.grad[i]));
-      // The square of a float does not overflow as a double.
-      return Sums{g * g, std::is_same_v<T, double> ? g - g : 0};
+      const double g = total(i);
+      if constexpr (std::is_same_v<T, double>) {
+        return std::array{g * g, 0.0, 0.0, g - g};
+      } else {
+        return std::array{g * g};
+      }
     });
   };
-  const auto accumulated = [&](int64_t i) { return Load(a.accumulator[i]); };
-  const auto param = [&](int64_t i) { return Load(a.param[i]); };
-  if (chunk.param && chunk.accumulator) {
-    return squares([&](int64_t i, S grad) {
-      return gradient.Total(param(i), grad, accumulated(i));
+  const auto with_penalty = [&](const auto& total) {
+    return AddUp(chunk.n, [&](int64_t i) {
+      const S param = Load(a.param[i]);
+      const double p = param, g = total(i) + gradient.Penalty(param);
+      if constexpr (std::is_same_v<T, double>) {
+        return std::array{g * g, Abs(p), p * p, g - g};
+      } else {
+        return std::array{g * g, Abs(p), p * p};
+      }
     });
-  }
+  };
   if (chunk.param) {
-    return squares(
-        [&](int64_t i, S grad) { return gradient.Total(param(i), grad); });
+    return chunk.accumulator ? with_penalty(mean) : with_penalty(scaled);
   }
-  if (chunk.accumulator) {
-    return squares(
-        [&](int64_t i, S grad) { return gradient.Mean(grad, accumulated(i)); });
-  }
-  return squares([&](int64_t, S grad) { return gradient.Scaled(grad); });
+  return chunk.accumulator ? squares(mean) : squares(scaled);
 }
 
 template <class T>
@@ -253,7 +265,7 @@ Sums PenaltySums(const void*, const Chunk& chunk) {
   const T* param = static_cast<const T*>(chunk.param);
   return AddUp(chunk.n, [&](int64_t i) {
     const double p = Load(param[i]);
-    return Sums{Abs(p), p * p};
+    return std::array{Abs(p), p * p};
   });
 }
 

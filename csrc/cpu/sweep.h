@@ -33,9 +33,14 @@ struct Chunk {
 // RuleInfo::make_step.
 using Sweep = void (*)(const void* step, const Chunk&);
 
-// Sums of doubles over a chunk.
+// Up to four sums over a chunk.
 struct Sums {
-  double a = 0, b = 0;
+  double a = 0, b = 0, c = 0, d = 0;
+
+  Sums& operator+=(const Sums& other) {
+    a += other.a, b += other.b, c += other.c, d += other.d;
+    return *this;
+  }
 };
 using Sum = Sums (*)(const void* step, const Chunk&);
 
@@ -46,7 +51,7 @@ inline double TrustRatio(const Sums& sums) {
 
 // Whether every element was finite whose sums Kernels::gradient gives.
 inline bool IsFinite(const Sums& sums, DType dtype) {
-  return dtype == k_float64 ? sums.b == 0 : std::isfinite(sums.a);
+  return dtype == k_float64 ? sums.d == 0 : std::isfinite(sums.a);
 }
 
 using SweepPerLayout = std::array<Sweep, kLayoutCount>;
@@ -59,8 +64,9 @@ struct Kernels {
   // Direction; null where it has none. Writes nothing.
   std::array<SumPerLayout, kRuleCount> trust;
   // a: of the squares of the gradient, with accumulator and penalty where there
-  // is a param; b: 0, or NaN if an element is not finite. `step` is that of any
-  // rule. Per dtype.
+  // is a param; b and c: the sums of `penalty`, where there is one; d: in
+  // float64 0, or NaN if an element is not finite. `step` is that of any rule.
+  // Per dtype.
   std::array<Sum, kDTypeCount> gradient;
   // a: of |param|, b: of its squares. `step` is not read. Per dtype.
   std::array<Sum, kDTypeCount> penalty;

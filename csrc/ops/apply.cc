@@ -105,10 +105,10 @@ class ApplyOp : public tensorflow::OpKernel {
                 }
               });
     for (int i = 0; report_penalty_ && i < inputs_.n; ++i) {
-      const auto [absolute, square] = places.SumOver(i, sums);
+      const cpu::Sums sum = places.SumOver(i, sums);
       penalty->vec<double>()(i) =
           PenaltyOf(HyperOf(ctx, inputs_, kL1, i),
-                    HyperOf(ctx, inputs_, kL2, i), absolute, square);
+                    HyperOf(ctx, inputs_, kL2, i), sum.a, sum.b);
     }
     return absl::OkStatus();
   }

@@ -59,7 +59,7 @@ class NormsOp : public tensorflow::OpKernel {
 
     const Places places(ctx, inputs_);
     const bool has_var = inputs_.lists[0] == "var";
-    std::vector<cpu::Sums> gradient(places.Chunks()), param(places.Chunks());
+    std::vector<cpu::Sums> sums(places.Chunks());
     ForChunks(ctx, places, inputs_.lists.size(),
               [&](int i, int64_t c, int64_t begin, int64_t n) {
                 const DType dtype = FromTensorFlow(inputs_.dtypes[i]);
@@ -71,19 +71,16 @@ class NormsOp : public tensorflow::OpKernel {
                 if (inputs_.accumulator >= 0) {
                   chunk.accumulator = data(inputs_.At(inputs_.accumulator, i));
                 }
-                gradient[c] =
-                    kernels->gradient[dtype](steps.Of(i, dtype), chunk);
-                if (has_var) param[c] = kernels->penalty[dtype](nullptr, chunk);
+                sums[c] = kernels->gradient[dtype](steps.Of(i, dtype), chunk);
               });
     bool all_finite = true;
     for (int i = 0; i < inputs_.n; ++i) {
-      const cpu::Sums sums = places.SumOver(i, gradient);
-      const auto [absolute, square] = places.SumOver(i, param);
-      all_finite &= cpu::IsFinite(sums, FromTensorFlow(inputs_.dtypes[i]));
-      norm->vec<double>()(i) = std::sqrt(sums.a);
+      const cpu::Sums sum = places.SumOver(i, sums);
+      all_finite &= cpu::IsFinite(sum, FromTensorFlow(inputs_.dtypes[i]));
+      norm->vec<double>()(i) = std::sqrt(sum.a);
       penalty->vec<double>()(i) =
           PenaltyOf(HyperOf(ctx, inputs_, kL1, i),
-                    HyperOf(ctx, inputs_, kL2, i), absolute, square);
+                    HyperOf(ctx, inputs_, kL2, i), sum.b, sum.c);
     }
     finite->scalar<bool>()() = all_finite;
     return absl::OkStatus();

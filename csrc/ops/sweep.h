@@ -109,10 +109,7 @@ struct Places {
   // The sums of variable i, over its chunks in their order.
   cpu::Sums SumOver(int i, const std::vector<cpu::Sums>& of_chunks) const {
     cpu::Sums sums;
-    for (int64_t c = first[i]; c < first[i + 1]; ++c) {
-      sums.a += of_chunks[c].a;
-      sums.b += of_chunks[c].b;
-    }
+    for (int64_t c = first[i]; c < first[i + 1]; ++c) sums += of_chunks[c];
     return sums;
   }
 };

@@ -91,9 +91,7 @@ template <class Run>
 cpu::Sums ForChunks(int64_t n, const Run& run) {
   cpu::Sums sums;
   for (int64_t begin = 0; begin < n; begin += cpu::kChunk) {
-    const auto [a, b] = run(begin, std::min(cpu::kChunk, n - begin));
-    sums.a += a;
-    sums.b += b;
+    sums += run(begin, std::min(cpu::kChunk, n - begin));
   }
   return sums;
 }
@@ -178,20 +176,15 @@ py::tuple NormOf(const py::array& grad, const std::optional<py::array>& param,
   AnyStep step;
   kRules[0].make_step[dtype](hyper.data(), {}, &step);
   const cpu::Kernels& kernels = *cpu::ActiveKernels();
-  const auto sums_of = [&](cpu::Sum sum) {
-    return ForChunks(arrays.n(), [&](int64_t begin, int64_t n) {
-      cpu::Chunk chunk{begin, n, Move(param_data, begin, dtype),
-                       Move(grad_data, begin, dtype)};
-      chunk.accumulator = Move(accumulated, begin, dtype);
-      return sum(&step, chunk);
-    });
-  };
-  const cpu::Sums gradient = sums_of(kernels.gradient[dtype]);
-  const cpu::Sums penalty =
-      param_data ? sums_of(kernels.penalty[dtype]) : cpu::Sums();
-  return py::make_tuple(std::sqrt(gradient.a),
-                        PenaltyOf(hyper[kL1], hyper[kL2], penalty.a, penalty.b),
-                        cpu::IsFinite(gradient, dtype));
+  const auto sums = ForChunks(arrays.n(), [&](int64_t begin, int64_t n) {
+    cpu::Chunk chunk{begin, n, Move(param_data, begin, dtype),
+                     Move(grad_data, begin, dtype)};
+    chunk.accumulator = Move(accumulated, begin, dtype);
+    return kernels.gradient[dtype](&step, chunk);
+  });
+  return py::make_tuple(std::sqrt(sums.a),
+                        PenaltyOf(hyper[kL1], hyper[kL2], sums.b, sums.c),
+                        cpu::IsFinite(sums, dtype));
 }
 
 PYBIND11_MODULE(_native, m) {
