@@ -274,9 +274,12 @@ def test_a_decay_of_1e_5_does_not_vanish_in_bfloat16():
     assert (a != b).any() and (a != results["other seed"][0]).any()
 
 
-@modes
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("slot_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "slot_dtype", "mode"),
+    [*(("float32", "bfloat16", mode) for mode in MODES), ("bfloat16", "float32", "jit"), ("bfloat16", "float32", "graph"),
+     ("bfloat16", "bfloat16", "graph"), ("float16", "float32", "graph"), ("float16", "bfloat16", "graph"),
+     ("float32", "float32", "graph")],
+)  # fmt: skip
 def test_slots_of_another_dtype(slot_dtype, dtype, mode):
     opt = optimizers.AdamW(0.01, weight_decay=0.1, slot_dtype=slot_dtype, gradient_accumulation_steps=2, **EMA)
     plain = optimizers.AdamW(0.01, weight_decay=0.1, gradient_accumulation_steps=2, **EMA)
