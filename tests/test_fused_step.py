@@ -277,7 +277,8 @@ def test_a_decay_of_1e_5_does_not_vanish_in_bfloat16():
 @pytest.mark.parametrize(
     ("dtype", "slot_dtype", "mode"),
     [*(("float32", "bfloat16", mode) for mode in MODES), ("bfloat16", "float32", "jit"),
-     ("bfloat16", "float32", "graph"), ("bfloat16", "bfloat16", "graph"), ("float16", "float32", "graph"), ("float16", "bfloat16", "graph"),
+     ("bfloat16", "float32", "graph"), ("bfloat16", "bfloat16", "graph"), ("float16", "float32", "graph"),
+     ("float16", "bfloat16", "graph"),
      ("float32", "float32", "graph")],
 )  # fmt: skip
 def test_slots_of_another_dtype(slot_dtype, dtype, mode):
