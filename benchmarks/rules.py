@@ -1,6 +1,6 @@
 """Times every rule, and Adam with bfloat16 slots, on one tensor of 33.5 M float32 elements.
 
-    python benchmarks/rules.py [--rounds N] [--isa NAME] [--elements N] [--json FILE] [rule ...]
+    python benchmarks/rules.py [--rounds N] [--patience SECONDS] [--isa NAME] [--elements N] [--json FILE] [rule ...]
 
 The first table sets the step of each rule beside a bare stream of the rule's own reads and writes, which is the speed
 of memory: their ratio is the part of it that the rule reaches. LAMB reads all its arrays twice, because the norms come
@@ -54,7 +54,7 @@ def main() -> None:
     for name in arguments.rule or rules:
         passes = passes_of(name)
         runs = {"wdops": step_of(name, n), "bare stream": stream_of(n, *passes)}
-        seconds = results[name] = measure(runs, arguments.rounds)
+        seconds = results[name] = measure(runs, arguments.rounds, arguments.patience)
         wdops_ms, stream_ms = map(milliseconds, seconds.values())
         part = ratio(seconds["bare stream"], seconds["wdops"])
         columns = " + ".join(f"{reads}, {writes}" for reads, writes in passes)
@@ -62,7 +62,7 @@ def main() -> None:
     if "adam" in (arguments.rule or rules):
         runs = {"float32 slots": step_of("adam", n)}
         runs |= {name: step_of("adam", n, tf.bfloat16, **options) for name, options in SLOTS.items()}
-        seconds = results["adam by slots"] = measure(runs, arguments.rounds)
+        seconds = results["adam by slots"] = measure(runs, arguments.rounds, arguments.patience)
         print("\n| adam | wdops, ms | / float32 slots |\n|---|---|---|")
         for name, values in seconds.items():
             print(f"| {name} | {milliseconds(values):.2f} | {ratio(values, seconds['float32 slots']):.2f} |")

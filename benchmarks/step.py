@@ -1,6 +1,6 @@
 """Times one AdamW step of wdops beside Keras's, TensorFlow's and a bare stream of the same reads and writes.
 
-python benchmarks/step.py [--rounds N] [--json FILE] [case ...]
+python benchmarks/step.py [--rounds N] [--patience SECONDS] [--json FILE] [case ...]
 """
 
 import keras
@@ -73,7 +73,7 @@ def main() -> None:
     results = {}
     for case in arguments.case or CASES:
         keras.backend.clear_session()
-        results[case] = measure(rivals(CASES[case]), arguments.rounds)
+        results[case] = measure(rivals(CASES[case]), arguments.rounds, arguments.patience)
         print_ratios(case, results[case], to="wdops")
     write_json(arguments.json, results)
 

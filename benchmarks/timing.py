@@ -92,18 +92,35 @@ def stream_of(n: int, *passes: tuple[int, int]) -> Run:
     return run
 
 
-def _used_by_others() -> float:
-    """Seconds of processor time, of all processors since the machine started, that were not this process's."""
-    user, nice, system, _, _, *interrupts_and_steal = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
-    ticks = sum(map(int, (user, nice, system, *interrupts_and_steal)))
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+class _Others:
+    """The part of the machine that other processes take from here on."""
+
+    def __init__(self) -> None:
+        self._begin, self._used = time.perf_counter(), self._seconds()
+
+    def part(self) -> float:
+        return (self._seconds() - self._used) / (time.perf_counter() - self._begin) / THREADS
+
+    @staticmethod
+    def _seconds() -> float:
+        """Of all processors since the machine started, but for this process's."""
+        user, nice, system, _idle, _iowait, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+        return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def measure(runs: dict[str, Run], rounds: int) -> Seconds:
+def _wait_for_quiet(deadline: float) -> None:
+    while time.perf_counter() < deadline:
+        others = _Others()
+        time.sleep(0.2)
+        if others.part() < QUIET:
+            return
+
+
+def measure(runs: dict[str, Run], rounds: int, patience: float) -> Seconds:
     """Times all in turn, after a first call that is not counted.
 
-    A round in which other processes took a noticeable part of the machine is repeated, up to three times as often as
-    there are rounds; then the quietest count.
+    A round in which others took a noticeable part of the machine is repeated once they leave off, for as many seconds
+    as `patience` says; then the quietest rounds count.
     """
     times = {}
     for name, run in runs.items():
@@ -111,19 +128,21 @@ def measure(runs: dict[str, Run], rounds: int) -> Seconds:
         begin = time.perf_counter()
         run(1)
         times[name] = max(1, round(0.1 / (time.perf_counter() - begin)))
-    measured: list[tuple[float, dict[str, float]]] = []
-    while len(measured) < 4 * rounds and sum(noise < QUIET for noise, _ in measured) < rounds:
-        others, start = _used_by_others(), time.perf_counter()
-        seconds = {}
+    measured: list[tuple[float, dict[str, float]]] = []  # the others' part, and the seconds of a step
+    deadline = time.perf_counter() + patience
+    while sum(part < QUIET for part, _ in measured) < rounds:
+        if len(measured) >= rounds and time.perf_counter() > deadline:
+            break
+        _wait_for_quiet(deadline)
+        others, seconds = _Others(), {}
         for name, run in runs.items():
             begin = time.perf_counter()
             run(times[name])
             seconds[name] = (time.perf_counter() - begin) / times[name]
-        noise = (_used_by_others() - others) / (time.perf_counter() - start) / THREADS
-        measured.append((noise, seconds))
+        measured.append((others.part(), seconds))
     quietest = sorted(measured, key=lambda of_round: of_round[0])[:rounds]
     if quietest[-1][0] > QUIET:
-        print(f"(not quiet: others took up to {quietest[-1][0]:.0%} of the machine)")
+        print(f"(others took up to {quietest[-1][0]:.0%} of the machine in these rounds)")
     return {name: [seconds[name] for _, seconds in quietest] for name in runs}
 
 
@@ -146,6 +165,9 @@ def print_ratios(title: str, seconds: Seconds, to: str) -> None:
 def parser_of(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    parser.add_argument(
+        "--patience", type=float, default=60, help="seconds to wait and repeat rounds that others disturb; default: 60"
+    )
     parser.add_argument("--json", type=Path, help="also write the seconds of every round to this file")
     return parser
 

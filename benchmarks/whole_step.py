@@ -1,6 +1,6 @@
 """Times the whole of a training step behind the gradients, on BERT-base's 199 tensors, 109.5 M float32 elements.
 
-    python benchmarks/whole_step.py [--rounds N] [--json FILE]
+    python benchmarks/whole_step.py [--rounds N] [--patience SECONDS] [--json FILE]
 
 That is: an L2 penalty in the gradient, and its value for the loss; the gradient clipped by its global norm; AdamW with
 decoupled decay; and a moving average of the weights. PyTorch takes part where it is installed. Before anything is
@@ -234,7 +234,7 @@ def main() -> None:
     runs = {name: rival.run for name, rival in rivals(BERT_BASE, share=True).items()}
     # The norms read p and g; the step reads p, g, m, v and the average, and writes all but g.
     runs["bare stream"] = stream_of(elements(BERT_BASE), (2, 0), (5, 4))
-    seconds = measure(runs, arguments.rounds)
+    seconds = measure(runs, arguments.rounds, arguments.patience)
     version = f", PyTorch {torch.__version__}" if torch else ""
     print_ratios(f"BERT-base, 109.5 M in 199{version}", seconds, to="wdops.ops")
     write_json(arguments.json, seconds)
