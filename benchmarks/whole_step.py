@@ -1,0 +1,244 @@
+"""Times the whole of a training step behind the gradients, on BERT-base's 199 tensors, 109.5 M float32 elements.
+
+    python benchmarks/whole_step.py [--rounds N] [--patience SECONDS] [--json FILE]
+
+That is: an L2 penalty in the gradient, and its value for the loss; the gradient clipped by its global norm; AdamW with
+decoupled decay; and a moving average of the weights. PyTorch takes part where it is installed. Before anything is
+timed, all rivals step a few small tensors and must agree in every weight, slot, average and penalty.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import tensorflow as tf
+from timing import (
+    BERT_BASE,
+    THREADS,
+    Run,
+    Shapes,
+    elements,
+    loop,
+    measure,
+    parser_of,
+    print_machine,
+    print_ratios,
+    stream_of,
+    write_json,
+)
+
+import wdops
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+LR, WEIGHT_DECAY, L2, CLIPNORM, EMA_MOMENTUM = 1e-3, 0.01, 1e-3, 1.0, 0.99
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7
+
+Arrays = list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Rival:
+    run: Run
+    # The last penalty, then all weights, all first and all second moments, all averages.
+    state: Callable[[], Arrays]
+    # Undoes what a step does to its gradients.
+    restore_grads: Callable[[], None] = lambda: None
+
+
+def start(shapes: Shapes) -> tuple[Arrays, Arrays]:
+    """Weights and gradients; these are in every case here so large that they are clipped."""
+    random = np.random.default_rng(0)
+    weights, grads = ([random.standard_normal(s, np.float32) for s in shapes] for _ in range(2))
+    return weights, grads
+
+
+def wdops_ops(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Rival]:
+    p, average = ([tf.Variable(w) for w in weights] for _ in range(2))
+    m, v = ([tf.Variable(tf.zeros(w.shape)) for w in weights] for _ in range(2))
+    iterations = tf.Variable(0, dtype=tf.int64)
+    penalty = tf.Variable(0, dtype=tf.float64)
+
+    def step() -> None:
+        norms = wdops.ops.norms(grads, p, l2=L2)
+        penalty.assign(tf.reduce_sum(norms.penalty))
+        iterations.assign_add(1)
+        wdops.ops.apply_adam(
+            p,
+            m,
+            v,
+            grads,
+            lr=LR,
+            beta1=BETA1,
+            beta2=BETA2,
+            epsilon=EPSILON,
+            step=iterations,
+            l2=L2,
+            clip_scale=CLIPNORM / tf.maximum(tf.norm(norms.norm), CLIPNORM),
+            weight_decay=WEIGHT_DECAY,
+            average=average,
+            # As in Keras, the first average is the weight.
+            ema_momentum=tf.where(iterations > 1, tf.constant(EMA_MOMENTUM, tf.float64), 0),
+        )
+
+    def state() -> Arrays:
+        return [x.numpy() for x in (penalty, *p, *m, *v, *average)]
+
+    return lambda jit: Rival(loop(step, jit), state)
+
+
+def with_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+    weights: Arrays,
+    penalty_and_grads: Callable[[list[tf.Variable]], tuple[tf.Tensor, list[tf.Tensor]]],
+) -> Callable[[bool], Rival]:
+    variables = [keras.Variable(w) for w in weights]
+    optimizer.build(variables)
+    penalty = tf.Variable(0, dtype=tf.float32)
+
+    def step() -> None:
+        value, grads = penalty_and_grads([v.value for v in variables])
+        penalty.assign(tf.cast(value, tf.float32))
+        optimizer.apply(grads, variables)
+
+    def state() -> Arrays:
+        slots = optimizer._momentums, optimizer._velocities, optimizer._model_variables_moving_average
+        return [x.numpy() for x in (penalty, *variables, *(x for slot in slots for x in slot))]
+
+    return lambda jit: Rival(loop(step, jit), state)
+
+
+def adamw(module: object, **penalty: float) -> keras.optimizers.Optimizer:
+    return module.AdamW(
+        LR,
+        WEIGHT_DECAY,
+        BETA1,
+        BETA2,
+        EPSILON,
+        global_clipnorm=CLIPNORM,
+        use_ema=True,
+        ema_momentum=EMA_MOMENTUM,
+        **penalty,
+    )
+
+
+def wdops_adamw(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Rival]:
+    def penalty_and_grads(variables: list[tf.Variable]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        return tf.reduce_sum(wdops.ops.norms(grads, variables, l2=L2).penalty), grads
+
+    return with_optimizer(adamw(wdops.optimizers, l2=L2), weights, penalty_and_grads)
+
+
+def keras_adamw(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Rival]:
+    def penalty_and_grads(variables: list[tf.Variable]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        penalty = L2 * tf.add_n([tf.reduce_sum(tf.square(v)) for v in variables])
+        # What autodiff makes of the penalty, with one multiplication less.
+        return penalty, [g + 2 * L2 * v for g, v in zip(grads, variables, strict=True)]
+
+    return with_optimizer(adamw(keras.optimizers), weights, penalty_and_grads)
+
+
+def torch_adamw(weights: Arrays, grads: Arrays) -> Callable[[bool], Rival]:
+    """The step in foreach functions and the fused AdamW; all in place, because here the gradients are the step's own.
+
+    With `scaled` the fused AdamW also scales the gradients, by what is meant for a loss's scale: one pass less than
+    clip_grad_norm_.
+    """
+    torch.set_num_threads(THREADS)
+    params = [torch.nn.Parameter(torch.tensor(w)) for w in weights]
+    average = [torch.tensor(w) for w in weights]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = torch.tensor(g)
+    own_grads = [p.grad for p in params]
+    optimizer = torch.optim.AdamW(params, LR, (BETA1, BETA2), EPSILON, WEIGHT_DECAY, fused=True)
+    penalty, taken = torch.zeros(()), 0  # so many steps
+
+    @torch.no_grad()
+    def step(scaled: bool) -> None:
+        nonlocal penalty, taken
+        penalty = L2 * torch.stack(torch._foreach_norm(params)).square().sum()
+        torch._foreach_add_(own_grads, params, alpha=2 * L2)
+        if scaled:
+            optimizer.grad_scale = torch.clamp(torch.nn.utils.get_total_norm(own_grads, foreach=True) / CLIPNORM, min=1)
+        else:
+            torch.nn.utils.clip_grad_norm_(params, CLIPNORM, foreach=True)
+        taken += 1
+        # PyTorch adds epsilon behind the bias correction, Keras before it.
+        optimizer.param_groups[0]["eps"] = EPSILON / math.sqrt(1 - BETA2**taken)
+        optimizer.step()
+        optimizer.grad_scale = None
+        torch._foreach_lerp_(average, params, 1 - EMA_MOMENTUM if taken > 1 else 1.0)
+
+    def run(times: int, scaled: bool) -> None:
+        for _ in range(times):
+            step(scaled)
+
+    def state() -> Arrays:
+        slots = [[optimizer.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")]
+        return [x.detach().numpy().copy() for x in (penalty, *params, *slots[0], *slots[1], *average)]
+
+    def restore_grads() -> None:
+        torch._foreach_copy_(own_grads, [torch.from_numpy(g) for g in grads])
+
+    return lambda scaled: Rival(lambda times: run(times, scaled), state, restore_grads)
+
+
+def rivals(shapes: Shapes, share: bool) -> dict[str, Rival]:
+    """All rivals by name. With `share`, ways to run the same code have one set of variables, to fit into memory."""
+    weights, grads = start(shapes)
+    tensors = [tf.constant(g) for g in grads]
+    made = {}
+
+    def add(make: Callable[..., Callable[[bool], Rival]], grads: list, names: dict[str, bool]) -> None:
+        way = make(weights, grads) if share else None
+        for name, option in names.items():
+            made[name] = (way or make(weights, grads))(option)
+
+    add(wdops_ops, tensors, {"wdops.ops": False, "wdops.ops, jit_compile": True})
+    add(wdops_adamw, tensors, {"wdops.optimizers": False, "wdops.optimizers, jit_compile": True})
+    add(keras_adamw, tensors, {"Keras, tf.function": False, "Keras, jit_compile": True})
+    if torch:
+        add(torch_adamw, grads, {"PyTorch": False, "PyTorch, clipped within AdamW": True})
+    return made
+
+
+def check_agreement(steps: int = 3) -> None:
+    """Raises AssertionError if a rival computes something else than the first."""
+    shapes: Shapes = [(64, 33), (33,), (7, 5)]
+    weights, _ = start(shapes)
+    zeros = [np.zeros(s, np.float32) for s in shapes]
+    origin = [np.zeros(()), *weights, *zeros, *zeros, *weights]
+    changes = {}
+    for name, rival in rivals(shapes, share=False).items():
+        for _ in range(steps):
+            rival.restore_grads()
+            rival.run(1)
+        changes[name] = [after - before for after, before in zip(rival.state(), origin, strict=True)]
+    first, *others = changes
+    for name in others:
+        for got, expected in zip(changes[name], changes[first], strict=True):
+            difference = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+            # Keras and PyTorch make the bias corrections in float32.
+            assert difference < 1e-4, f"{name} is {difference:.1e} from {first}"
+
+
+def main() -> None:
+    arguments = parser_of(__doc__, rounds=15).parse_args()
+    check_agreement()
+    print_machine("ms of a step, and in brackets times wdops.ops")
+    runs = {name: rival.run for name, rival in rivals(BERT_BASE, share=True).items()}
+    # The norms read p and g; the step reads p, g, m, v and the average, and writes all but g.
+    runs["bare stream"] = stream_of(elements(BERT_BASE), (2, 0), (5, 4))
+    seconds = measure(runs, arguments.rounds, arguments.patience)
+    version = f", PyTorch {torch.__version__}" if torch else ""
+    print_ratios(f"BERT-base, 109.5 M in 199{version}", seconds, to="wdops.ops")
+    write_json(arguments.json, seconds)
+
+
+if __name__ == "__main__":
+    main()
