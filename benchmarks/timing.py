@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -142,7 +143,7 @@ def measure(runs: dict[str, Run], rounds: int, patience: float) -> Seconds:
         measured.append((others.part(), seconds))
     quietest = sorted(measured, key=lambda of_round: of_round[0])[:rounds]
     if quietest[-1][0] > QUIET:
-        print(f"(others took up to {quietest[-1][0]:.0%} of the machine in these rounds)")
+        print(f"others took up to {quietest[-1][0]:.0%} of the machine in these rounds:", file=sys.stderr)
     return {name: [seconds[name] for _, seconds in quietest] for name in runs}
 
 
