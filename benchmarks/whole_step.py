@@ -10,6 +10,7 @@ timed, all rivals step a few small tensors and must agree in every weight, slot,
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -157,10 +158,11 @@ def keras_adamw(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Riv
 
 
 def torch_adamw(weights: Arrays, grads: Arrays) -> Callable[[bool], Rival]:
-    """The step in foreach functions and the fused AdamW; all in place, because here the gradients are the step's own.
+    """The fused AdamW with foreach functions around it, in place, because here the gradients are the step's own.
 
-    With `scaled` the fused AdamW also scales the gradients, by what is meant for a loss's scale: one pass less than
-    clip_grad_norm_.
+    `way` is "autograd", where the penalty is in the loss and autograd makes its gradient, as a user writes it; "by
+    hand", where foreach functions do both; or "scaled", where moreover the fused AdamW scales the gradients by what is
+    meant for a loss's scale, which is one pass less than clip_grad_norm_.
     """
     torch.set_num_threads(THREADS)
     params = [torch.nn.Parameter(torch.tensor(w)) for w in weights]
@@ -171,12 +173,21 @@ def torch_adamw(weights: Arrays, grads: Arrays) -> Callable[[bool], Rival]:
     optimizer = torch.optim.AdamW(params, LR, (BETA1, BETA2), EPSILON, WEIGHT_DECAY, fused=True)
     penalty, taken = torch.zeros(()), 0  # so many steps
 
+    def penalize(way: str) -> None:
+        nonlocal penalty
+        if way == "autograd":
+            loss = L2 * torch.stack([p.square().sum() for p in params]).sum()
+            loss.backward()
+            penalty = loss.detach()
+            return
+        with torch.no_grad():
+            penalty = L2 * torch.stack(torch._foreach_norm(params)).square().sum()
+            torch._foreach_add_(own_grads, params, alpha=2 * L2)
+
     @torch.no_grad()
-    def step(scaled: bool) -> None:
-        nonlocal penalty, taken
-        penalty = L2 * torch.stack(torch._foreach_norm(params)).square().sum()
-        torch._foreach_add_(own_grads, params, alpha=2 * L2)
-        if scaled:
+    def step(way: str) -> None:
+        nonlocal taken
+        if way == "scaled":
             optimizer.grad_scale = torch.clamp(torch.nn.utils.get_total_norm(own_grads, foreach=True) / CLIPNORM, min=1)
         else:
             torch.nn.utils.clip_grad_norm_(params, CLIPNORM, foreach=True)
@@ -187,9 +198,10 @@ def torch_adamw(weights: Arrays, grads: Arrays) -> Callable[[bool], Rival]:
         optimizer.grad_scale = None
         torch._foreach_lerp_(average, params, 1 - EMA_MOMENTUM if taken > 1 else 1.0)
 
-    def run(times: int, scaled: bool) -> None:
+    def run(times: int, way: str) -> None:
         for _ in range(times):
-            step(scaled)
+            penalize(way)
+            step(way)
 
     def state() -> Arrays:
         slots = [[optimizer.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")]
@@ -198,7 +210,7 @@ def torch_adamw(weights: Arrays, grads: Arrays) -> Callable[[bool], Rival]:
     def restore_grads() -> None:
         torch._foreach_copy_(own_grads, [torch.from_numpy(g) for g in grads])
 
-    return lambda scaled: Rival(lambda times: run(times, scaled), state, restore_grads)
+    return lambda way: Rival(lambda times: run(times, way), state, restore_grads)
 
 
 def rivals(shapes: Shapes, share: bool) -> dict[str, Rival]:
@@ -207,7 +219,7 @@ def rivals(shapes: Shapes, share: bool) -> dict[str, Rival]:
     tensors = [tf.constant(g) for g in grads]
     made = {}
 
-    def add(make: Callable[..., Callable[[bool], Rival]], grads: list, names: dict[str, bool]) -> None:
+    def add(make: Callable[..., Callable[[bool], Rival]], grads: list, names: dict[str, Any]) -> None:
         way = make(weights, grads) if share else None
         for name, option in names.items():
             made[name] = (way or make(weights, grads))(option)
@@ -216,7 +228,8 @@ def rivals(shapes: Shapes, share: bool) -> dict[str, Rival]:
     add(wdops_adamw, tensors, {"wdops.optimizers": False, "wdops.optimizers, jit_compile": True})
     add(keras_adamw, tensors, {"Keras, tf.function": False, "Keras, jit_compile": True})
     if torch:
-        add(torch_adamw, grads, {"PyTorch": False, "PyTorch, clipped within AdamW": True})
+        ways = {"autograd": "PyTorch", "by hand": "PyTorch, penalty by hand", "scaled": "PyTorch, clipped within AdamW"}
+        add(torch_adamw, grads, {name: way for way, name in ways.items()})
     return made
 
 

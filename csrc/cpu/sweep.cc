@@ -260,9 +260,16 @@ Sums GradientSums(const void* step_bytes, const Chunk& chunk) {
 }
 
 template <class T>
-Sums PenaltySums(const void*, const Chunk& chunk) {
+Sums PenaltySums(const void* l1, const Chunk& chunk) {
   const FloatMode mode;
   const T* param = static_cast<const T*>(chunk.param);
+  if (*static_cast<const double*>(l1) == 0) {
+    const Sums squares = AddUp(chunk.n, [&](int64_t i) {
+      const double p = Load(param[i]);
+      return std::array{p * p};
+    });
+    return {0, squares.a};
+  }
   return AddUp(chunk.n, [&](int64_t i) {
     const double p = Load(param[i]);
     return std::array{Abs(p), p * p};

@@ -68,7 +68,8 @@ struct Kernels {
   // float64 0, or NaN if an element is not finite. `step` is that of any rule.
   // Per dtype.
   std::array<Sum, kDTypeCount> gradient;
-  // a: of |param|, b: of its squares. `step` is not read. Per dtype.
+  // a: of |param|, b: of its squares. `step` is l1, a double: if it is 0, so is
+  // a. Per dtype.
   std::array<Sum, kDTypeCount> penalty;
 };
 

@@ -101,7 +101,8 @@ class ApplyOp : public tensorflow::OpKernel {
                 const cpu::Chunk chunk = ChunkOf(vars, target, i, begin, n);
                 kernels->sweep[rule][target.layout](target.step, chunk);
                 if (report_penalty_) {
-                  sums[c] = kernels->penalty[target.dtype](nullptr, chunk);
+                  const double l1 = HyperOf(ctx, inputs_, kL1, i);
+                  sums[c] = kernels->penalty[target.dtype](&l1, chunk);
                 }
               });
     for (int i = 0; report_penalty_ && i < inputs_.n; ++i) {
