@@ -145,7 +145,12 @@ def wdops_adamw(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Riv
     model.set_weights(weights)
     optimizer = adamw(wdops.optimizers)
     wdops.fold_regularizers(model, optimizer)
-    return with_optimizer(optimizer, model.trainable_variables, lambda variables: (sum(model.losses), grads))
+
+    def penalty_and_grads(variables: list[tf.Variable]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        with tf.GradientTape():  # as in a training step
+            return sum(model.losses), grads
+
+    return with_optimizer(optimizer, model.trainable_variables, penalty_and_grads)
 
 
 def keras_adamw(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Rival]:

@@ -54,9 +54,19 @@ def assert_same(got, want, bound):
         assert np.max(np.abs(g - w)) <= bound * max(1e-2, np.max(np.abs(w))), name
 
 
-@modes
-@pytest.mark.parametrize("rest", [{}, EMA, {"gradient_accumulation_steps": 3, "use_ema": True}, REST], ids=str)
-@pytest.mark.parametrize("clip", CLIPS, ids=str)
+# Every combination in one mode; each clip and each of the rest once in the others.
+RESTS = [{}, EMA, {"gradient_accumulation_steps": 3, "use_ema": True}, REST]
+DIAGONAL = list(zip(CLIPS, RESTS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("clip", "rest", "mode"),
+    [
+        *((c, r, "graph") for c in CLIPS for r in RESTS),
+        *((c, r, mode) for c, r in DIAGONAL for mode in ("eager", "jit")),
+    ],
+    ids=str,
+)
 def test_every_option_is_that_of_keras(clip, rest, mode):
     """Slots and averages too, behind 13 steps, so that one accumulation is under way."""
     arguments = {"learning_rate": 0.01, "weight_decay": 0.1, **clip, **rest}
@@ -69,8 +79,13 @@ def test_every_option_is_that_of_keras(clip, rest, mode):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@modes
-@pytest.mark.parametrize("name", ["SGD", "Nadam", "Lion", "Lamb", "Ftrl"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, mode) for name in ("SGD", "Nadam", "Lion", "Lamb", "Ftrl") for mode in ("graph", "jit")),
+        ("SGD", "eager"),
+    ],
+)
 def test_all_options_together_with_constraints_and_missing_gradients(name, mode):
     # FTRL divides the rounding of a square root by lr, in Keras and here alike.
     arguments = {"learning_rate": 0.5 if name == "Ftrl" else 0.01, "global_clipnorm": 0.5, **REST}
@@ -99,9 +114,10 @@ def test_the_step_is_two_ops_and_no_other_touches_a_variable():
 
 
 @modes
-@pytest.mark.parametrize("every", [None, 2])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["AdamW", "Nadam"])
+@pytest.mark.parametrize(
+    ("name", "bad", "every"),
+    [("AdamW", np.nan, None), ("AdamW", np.inf, 2), ("Nadam", -np.inf, None), ("Nadam", np.nan, 2)],
+)
 def test_a_step_that_is_not_finite_changes_nothing_and_does_not_count(name, bad, every, mode):
     start, grads = problem(9)
     arguments = {"weight_decay": 0.1, "global_clipnorm": 0.5, "gradient_accumulation_steps": every, **EMA}
@@ -224,8 +240,9 @@ def test_unscaling_costs_no_op_on_gradients():
     assert any(op.type == "Wdops>ApplyAdam" for op in operations)
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("policy", "jit"), [("mixed_float16", True), ("mixed_float16", False), ("mixed_bfloat16", True), ("bfloat16", True)]
+)
 def test_precision_policies_train(policy, jit):
     """As well as Keras in float32. (In pure bfloat16 Keras's AdamW stands still: its 1 - beta_2^t is 0 there.)"""
 
@@ -340,8 +357,11 @@ def test_options_are_checked_and_named(bad):
 SCHEDULE = keras.optimizers.schedules.PolynomialDecay(0.5, 10, 0.1)
 
 
-@modes
-@pytest.mark.parametrize("kind", ["schedule", "callable", "keras.Variable", "tf.Variable", "tensor"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [*((kind, "graph") for kind in ("schedule", "callable", "keras.Variable", "tf.Variable", "tensor")),
+     *((kind, mode) for kind in ("schedule", "keras.Variable") for mode in ("eager", "jit"))],
+)  # fmt: skip
 def test_any_hyperparameter_may_change_from_step_to_step(kind, mode):
     holders = {
         n: tf.Variable(0.5) for n in ("weight_decay", "beta_1", "clipvalue", "l2", "learning_rate", "ema_momentum")
@@ -465,9 +485,13 @@ EXCLUSIONS = {
 }
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("when", ["before build", "after build"])
-@pytest.mark.parametrize("how", EXCLUSIONS)
+@pytest.mark.parametrize(
+    ("how", "when", "jit"),
+    [
+        *((how, when, False) for how in EXCLUSIONS for when in ("before build", "after build")),
+        ("path", "before build", True),
+    ],
+)
 def test_exclusions_and_groups_survive_save_and_load(how, when, jit, tmp_path):
     model = small_model()
     opt = optimizers.AdamW(0.01, weight_decay=0.5, epsilon=1e-3)
@@ -509,7 +533,7 @@ def test_the_report_names_every_decay_and_the_reason():
 
 def test_groups_are_checked():
     opt = optimizers.SGD(0.1)
-    bad = [("[", {}, "regular expression"), (3, {}, "predicate"), ("a", {"beta": 1.0}, "beta"),
+    bad = [("[", {"lr": 2.0}, "regular expression"), (3, {"lr": 2.0}, "predicate"), ("a", {}, "multipliers"), ("a", {"beta": 1.0}, "beta"),
            ("a", {"l1": -1.0}, "l1"), ("a", {"lr": np.nan}, "lr")]  # fmt: skip
     for variables, multipliers, message in bad:
         with pytest.raises(ValueError, match=message):
@@ -537,9 +561,9 @@ def test_conversion_carries_exclusions_and_refuses_what_keras_has_not():
     assert type(back) is keras.optimizers.LossScaleOptimizer and type(back.inner_optimizer) is keras.optimizers.SGD
     grouped = optimizers.SGD(0.1)
     grouped.add_group("a", lr=2.0)
-    for bad in (grouped, optimizers.SGD(0.1, weight_decay=SCHEDULE), optimizers.SGD(0.1, l1=0.1),
+    for bad in (grouped, optimizers.SGD(0.1, weight_decay=tf.Variable(0.5)), optimizers.SGD(0.1, l1=0.1),
                 optimizers.SGD(0.1, skip_nonfinite=True)):  # fmt: skip
-        with pytest.raises(ValueError, match=r"groups|l1|skip_nonfinite"):
+        with pytest.raises(ValueError, match=r"a group|a weight_decay that changes|l1|skip_nonfinite"):
             optimizers.to_keras(bad)
 
 
@@ -568,3 +592,106 @@ def test_mixed_devices_share_one_norm():
     norms = [tf.constant([3.0], tf.float64), tf.constant([4.0], tf.float64)]
     np.testing.assert_allclose([float(s) for s in opt._clip_scales(norms)], [0.2, 0.2])
     assert wdops.ops.global_norm([tf.constant([3.0]), tf.constant([4.0])])[0] == 5
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("name", ["weight_decay", "momentum", "clipnorm", "l1", "proximal_l1"])
+@pytest.mark.parametrize("kind", ["schedule", "variable"])
+def test_sparse_gradients_beside_a_hyperparameter_that_changes(kind, name, mode):
+    start = np.ones((6, 4), np.float32)
+    table, fixed = keras.Variable(start), keras.Variable(start)
+    opt = optimizers.SGD(0.1, **{name: SCHEDULE if kind == "schedule" else tf.Variable(0.5)})
+    plain = optimizers.SGD(0.1, **{name: 0.5})  # the schedule's first value
+    for o, v in ((opt, table), (plain, fixed)):
+        o.build([v])
+
+        def step():
+            grad = tf.IndexedSlices(tf.ones((2, 4)), tf.constant([1, 3]), tf.constant([6, 4]))
+            o.apply([grad], [v])  # noqa: B023
+
+        MODES[mode](step)()
+    np.testing.assert_allclose(np.asarray(table), np.asarray(fixed), rtol=1e-6)
+
+
+@pytest.mark.parametrize("constraint", [keras.constraints.MinMaxNorm(0.0, 1.0, 0.5), keras.constraints.NonNeg()])
+def test_penalties_of_micro_steps_that_constraints_write_in(constraint):
+    results = []
+    for module in (optimizers, keras.optimizers):
+        arguments = {"l2": 0.2} if module is optimizers else {}
+        opt = module.SGD(0.1, gradient_accumulation_steps=3, **arguments)
+        variable = keras.Variable(np.linspace(-1, 2, 12, dtype=np.float32).reshape(4, 3), constraint=constraint)
+        opt.build([variable])
+        for _ in range(6):
+            penalty = 0 if module is optimizers else 2 * 0.2 * tf.convert_to_tensor(variable)
+            opt.apply([tf.zeros((4, 3)) + penalty], [variable])
+        results.append(np.asarray(variable))
+    np.testing.assert_allclose(*results, rtol=2e-6)
+
+
+def test_a_saved_choice_finds_its_variable_where_layers_are_numbered_anew():
+    def model():
+        return keras.Sequential([keras.Input((8,)), *(keras.layers.Dense(3) for _ in range(3))])
+
+    keras.backend.clear_session()
+    keras.layers.Dense(2)
+    first = model()  # dense_1 to dense_3
+    opt = optimizers.AdamW(weight_decay=0.1)
+    opt.build(first.trainable_variables)
+    opt.exclude_from_weight_decay(var_list=[first.layers[0].kernel])
+    opt.add_group([first.layers[1].bias], lr=0.5)
+    keras.backend.clear_session()
+    second = model()  # dense to dense_2
+    again = optimizers.AdamW.from_config(opt.get_config())
+    again.build(second.trainable_variables)
+    excluded = [v.path for v in second.trainable_variables if not again._use_weight_decay(v)]
+    assert excluded == [second.layers[0].kernel.path]
+    assert again._choice(second.layers[1].bias).multipliers["lr"] == 0.5
+
+
+def test_a_choice_that_is_saved_before_the_optimizer_is_built(tmp_path):
+    model = small_model()
+    opt = optimizers.AdamW(0.01, weight_decay=0.5)
+    opt.exclude_from_weight_decay(var_list=[model.layers[0].kernel])
+    model.compile(opt, "mse")
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    assert [again.optimizer._use_weight_decay(v) for v in again.trainable_variables] == [False, True, True, True]
+    opt.exclude_from_weight_decay(predicate=lambda v: "bias" in v.path)
+    with pytest.raises(ValueError, match="registered"):
+        opt.get_config()
+
+
+def test_a_choice_behind_the_traced_step_warns():
+    opt = optimizers.SGD(0.1, weight_decay=0.5)
+    variable = keras.Variable([1.0])
+    opt.build([variable])
+    opt.add_group(variable, lr=0.5)
+    tf.function(lambda: opt.apply([tf.zeros(1)], [variable]))()
+    with pytest.warns(UserWarning, match="traced"):
+        opt.exclude_from_weight_decay(var_list=[variable])
+    with pytest.warns(UserWarning, match="traced"):
+        opt.add_group(variable, lr=0.5)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Nadam"])
+def test_a_built_loss_scale_optimizer_is_converted_both_ways(name):
+    theirs = keras.optimizers.LossScaleOptimizer(getattr(keras.optimizers, name)(0.1))
+    variables = [keras.Variable([1.0])]
+    theirs.build(variables)
+    theirs.dynamic_scale.assign(64.0)
+    theirs.step_counter.assign(7)
+    for convert in (optimizers.from_keras, lambda o: optimizers.to_keras(optimizers.from_keras(o))):
+        converted = convert(theirs)
+        assert float(converted.dynamic_scale) == 64 and int(converted.step_counter) == 7
+        converted.apply([tf.ones(1)], variables)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"learning_rate": tf.Variable(0.0), "decay_coupling": "schedule"}, "base"),
+     ({"gradient_accumulation_steps": lambda: 2}, "gradient_accumulation_steps"),
+     ({"ema_overwrite_frequency": tf.Variable(2), "use_ema": True}, "ema_overwrite_frequency")],
+)  # fmt: skip
+def test_what_cannot_change_or_has_no_base_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        optimizers.SGD(**arguments)

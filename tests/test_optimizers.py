@@ -241,12 +241,11 @@ def test_mixed_precision_and_loss_scaling(policy):
 
 
 @pytest.mark.parametrize(
-    "around",
-    [{}, {"global_clipnorm": 0.3}, {"clipnorm": 0.2}, {"clipvalue": 0.05}, {"gradient_accumulation_steps": 2},
-     {"gradient_accumulation_steps": 2, "global_clipnorm": 0.3}],
+    ("around", "jit"),
+    [({}, True), ({"global_clipnorm": 0.3}, True), ({"clipnorm": 0.2}, False), ({"clipvalue": 0.05}, False),
+     ({"gradient_accumulation_steps": 2, "global_clipnorm": 0.3}, True)],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("jit", [False, True])
 def test_l1_and_l2_are_those_of_a_regularizer_in_the_loss(around, jit):
     """On every variable, under clipping and accumulation too."""
     regularizer = keras.regularizers.L1L2(0.02, 0.03)

@@ -34,6 +34,7 @@ _CHOICES = {
 }
 # The slots that the kernels take for variables of a dtype, beside those of its own.
 _SLOTS = {"float32": ("bfloat16",), "bfloat16": ("float32",), "float16": ("float32",)}
+_FIXED = {"gradient_accumulation_steps", "ema_overwrite_frequency", "learning_rate_power", "warmup_steps"}
 # A subclass that overrides one of these gets the step as Keras makes it.
 _HOOKS = (
     "update_step", "_backend_apply_gradients", "_backend_update_step", "_clip_gradients", "_clip_by_norm",
@@ -66,7 +67,8 @@ class _Own:
         self.groups: list[groups.Group] = []
         self.choices: dict[Any, groups.Choice] = {}
         self.folded: dict[int, tuple[float, float]] = {}  # the l1 and l2 of a regularizer, by index
-        self.saved_folded: list[Sequence[Any]] = []  # from a config: path, index, l1, l2
+        self.swapped: set[str] = set()  # hyperparameters that change, and are numbers for the moment
+        self.traced = False
         self.penalties: Any = None  # wdops.regularizers.Penalties
         self.base_lr: float | None = None
         self.step_applied: keras.Variable | None = None
@@ -98,6 +100,8 @@ class FusedStep(keras.optimizers.Optimizer):
         given |= given.pop("kwargs", {})
         given = {n: float(x) if tf.is_tensor(x) and not hyperparameters.changes(x) else x for n, x in given.items()}
         changing = {n: x for n, x in given.items() if hyperparameters.changes(x)}
+        for name in _FIXED & set(changing):
+            raise ValueError(f"`{name}` must be a number that does not change. Received: {name}={changing[name]}")
         if not isinstance(changing.get("learning_rate"), (keras.Variable, tf.Variable)):
             changing.pop("learning_rate", None)  # Keras itself takes schedules and callables
         super().__init__(**(given | {n: hyperparameters.to_float(n, x) for n, x in changing.items()}))
@@ -135,11 +139,6 @@ class FusedStep(keras.optimizers.Optimizer):
         if self._own.groups:
             known = self._trainable_variables if self.built else []
             config["groups"] = groups.serialize(self._own.groups, [(v, self._var_key(v)) for v in known])
-        if self._own.folded:
-            variables = self._trainable_variables
-            config["folded_regularizers"] = [
-                [groups.path_of(variables[i]), i, *pair] for i, pair in self._own.folded.items()
-            ]
         if self._own.base_lr is not None:
             config["base_learning_rate"] = self._own.base_lr
         return config
@@ -148,11 +147,9 @@ class FusedStep(keras.optimizers.Optimizer):
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "FusedStep":
         config = dict(config)
         chosen = config.pop("groups", [])
-        folded = config.pop("folded_regularizers", [])
         base_lr = config.pop("base_learning_rate", None)
         optimizer = cls(**{n: hyperparameters.deserialize(x, custom_objects) for n, x in config.items()})
         optimizer._own.groups = groups.deserialize(chosen, custom_objects)
-        optimizer._own.saved_folded = folded
         optimizer._own.base_lr = base_lr if base_lr is not None else optimizer._own.base_lr
         return optimizer
 
@@ -164,15 +161,20 @@ class FusedStep(keras.optimizers.Optimizer):
     def _now(self, value: Any) -> Any:
         return hyperparameters.current(value, self._iterations)
 
+    def _may_change(self, name: str) -> bool:
+        return name in self._own.swapped or hyperparameters.changes(getattr(self, name))
+
     @contextlib.contextmanager
     def _with(self, stand_in: Callable[[Any], Any]) -> Iterator[None]:
         """While Keras's code runs, which computes with the attributes, what changes from step to step is a number."""
         changing = self._changing()
         for name, value in changing.items():
             object.__setattr__(self, name, stand_in(value))
+        self._own.swapped |= set(changing)
         try:
             yield
         finally:
+            self._own.swapped -= set(changing)
             for name, value in changing.items():
                 object.__setattr__(self, name, value)
 
@@ -200,19 +202,9 @@ class FusedStep(keras.optimizers.Optimizer):
                     missing.append(selector.value)
                 else:
                     group.selectors[k] = replace(selector, key=self._var_key(self._trainable_variables[i]))
-        for path, index, l1, l2 in self._own.saved_folded:
-            i = groups.find(self._trainable_variables, path, index)
-            if i is None:
-                missing.append(path)
-            else:
-                self._own.folded[i] = (l1, l2)
-        if self._own.folded:
-            from wdops import regularizers  # which imports this module
-
-            regularizers.fold(self)
         if missing:
             warnings.warn(
-                f"{self.name} has multipliers, exclusions or regularizers of variables that it was not built with: "
+                f"{self.name} has multipliers or exclusions of variables that it was not built with: "
                 f"{', '.join(missing)}",
                 stacklevel=4,
             )
@@ -260,13 +252,13 @@ class FusedStep(keras.optimizers.Optimizer):
 
         Differs from Keras: saved and loaded with the optimizer, variables by their path.
         """
+        names = [var_names] if isinstance(var_names, str) else var_names or []
         chosen = groups.selectors(list(var_list or []), self._var_key)
-        chosen += [groups.Selector("name", groups.pattern("var_names", name)) for name in var_names or []]
+        chosen += [groups.Selector("name", groups.pattern("var_names", name)) for name in names]
         chosen += groups.selectors([paths] if isinstance(paths, str) else list(paths or []), self._var_key)
         chosen += groups.selectors([predicate] if predicate else [], self._var_key)
         kept = [g for g in self._own.groups if not g.exclusion]
-        self._own.groups = [*kept, groups.Group(chosen, {"weight_decay": 0.0}, exclusion=True)]
-        self._own.choices = {}
+        self._set_groups([*kept, groups.Group(chosen, {"weight_decay": 0.0}, exclusion=True)])
 
     def add_group(self, variables: Any, **multipliers: float) -> None:
         """Multiplies hyperparameters of some variables, for layer-wise rates and decays of their own.
@@ -279,11 +271,22 @@ class FusedStep(keras.optimizers.Optimizer):
             reach folded regularizers too.
 
         Raises:
-          ValueError: a multiplier is unknown or out of range, or a pattern is no regular expression.
+          ValueError: a multiplier is unknown or out of range, there is none, or a pattern is no regular expression.
         """
+        if not multipliers:
+            raise ValueError(f"a group needs multipliers, of {', '.join(groups.MULTIPLIERS)}")
         multipliers = {n: groups.multiplier(n, x) for n, x in multipliers.items()}
-        self._own.groups.append(groups.Group(groups.selectors(variables, self._var_key), multipliers))
-        self._own.choices = {}
+        group = groups.Group(groups.selectors(variables, self._var_key), multipliers)
+        self._set_groups([*self._own.groups, group])
+
+    def _set_groups(self, chosen: list[groups.Group]) -> None:
+        self._own.groups, self._own.choices = chosen, {}
+        if self._own.traced:
+            warnings.warn(
+                "a step that was traced keeps the groups and exclusions that it was traced with: compile the model "
+                "again, or make a new tf.function",
+                stacklevel=3,
+            )
 
     def _choice(self, variable: Any) -> groups.Choice:
         key = self._var_key(variable)
@@ -352,9 +355,7 @@ class FusedStep(keras.optimizers.Optimizer):
 
     def _penalizes(self, index: list[int]) -> bool:
         """Whether there is an l1 or l2, or may be one in a later step."""
-        return any(
-            hyperparameters.changes(getattr(self, n)) or np.any(self._coefficient(n, index)) for n in ("l1", "l2")
-        )
+        return any(self._may_change(n) or np.any(self._coefficient(n, index)) for n in ("l1", "l2"))
 
     def _hypers(self, index: list[int], learning_rate: Any) -> dict[str, Any]:
         """What the op of these variables takes beside the gradient's own: rates, decays and the seed."""
@@ -414,6 +415,7 @@ class FusedStep(keras.optimizers.Optimizer):
           Whether the step was made: a bool scalar.
         """
         grads = list(grads)
+        self._own.traced |= not tf.executing_eagerly()
         if trainable_variables is not None and not self.built and grads:
             with keras.name_scope(self.name):
                 self.build(list(trainable_variables))
@@ -442,7 +444,9 @@ class FusedStep(keras.optimizers.Optimizer):
         if grad is None:
             # What a regularizer in the loss gives a variable that nothing else in it depends on.
             return tf.zeros_like(variable) if self._get_variable_index(variable) in self._own.folded else None
-        return grad if isinstance(grad, tf.IndexedSlices) else tf.convert_to_tensor(grad)
+        # Keras's code for sparse gradients asks hyperparameters for their value while it is traced.
+        sparse = isinstance(grad, tf.IndexedSlices) and not self._changing()
+        return grad if sparse else tf.convert_to_tensor(grad)
 
     @property
     def _is_whole(self) -> bool:
@@ -455,7 +459,9 @@ class FusedStep(keras.optimizers.Optimizer):
     @property
     def _moves_between_steps(self) -> bool:
         """Whether micro-steps write to variables. Then each has a penalty of its own, as a regularizer has."""
-        return bool(self.gradient_accumulation_steps and self.use_ema and self.ema_overwrite_frequency)
+        constrained = any(getattr(v, "constraint", None) is not None for v in self._trainable_variables)
+        averaged = self.use_ema and self.ema_overwrite_frequency
+        return bool(self.gradient_accumulation_steps and (averaged or constrained))
 
     def _batches(self, grads: list[tf.Tensor], variables: list[Any]) -> list[_Batch]:
         batches: dict[str, _Batch] = {}
@@ -522,7 +528,7 @@ class FusedStep(keras.optimizers.Optimizer):
     def _limit(self, name: str) -> Any:
         """A limit of clipping; None: there is none."""
         limit = getattr(self, name)
-        if hyperparameters.changes(limit):
+        if self._may_change(name):
             return reference.to_float64(self._now(limit))
         return limit if limit and limit > 0 else None
 
@@ -687,15 +693,16 @@ class FusedStep(keras.optimizers.Optimizer):
             # Reduces over the replicas and calls update_step for each variable where it lives.
             super()._backend_update_step(grads, trainable_variables, learning_rate)
             return
-        for variable, value in self._counters().values():
-            variable.assign(value)
+        counters = self._counters()
         variables = [v.value if isinstance(v, keras.Variable) else v for v in trainable_variables]
         pairs = list(zip(grads, variables, strict=True))
         dense = [pair for pair in pairs if not is_keras_business(*pair)]
         # The fused ops come first: they check everything before they write.
         if dense:
             for batch in self._batches(*map(list, zip(*dense, strict=True))):
-                self._update_batch(batch, learning_rate)
+                self._update_batch(batch, learning_rate, {n: x for n, (_, x) in counters.items()})
+        for variable, value in counters.values():
+            variable.assign(value)
         for grad, variable in pairs:
             if is_keras_business(grad, variable):
                 self.update_step(grad, variable, learning_rate)
@@ -703,7 +710,8 @@ class FusedStep(keras.optimizers.Optimizer):
     def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
         index = [self._get_variable_index(variable)]
         # Sparse rows with a term that reaches every row, or with slots of another dtype than Keras's code takes.
-        dense = self.slot_dtype or self._penalizes(index) or any(np.any(getattr(self, n)) for n in COEFFICIENTS[2:])
+        proximal = any(self._may_change(n) or getattr(self, n) for n in COEFFICIENTS[2:])
+        dense = self.slot_dtype or self._penalizes(index) or proximal
         if variable.dtype in ops.DTYPES and (dense or not is_keras_business(gradient, variable)):
             gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
             self._update_batch(_Batch(index, [variable], [gradient]), learning_rate)
@@ -711,13 +719,15 @@ class FusedStep(keras.optimizers.Optimizer):
         lr = tf.cast(learning_rate, variable.dtype)
         if self.weight_decay is not None and self._is_fused and self._use_weight_decay(variable):
             hypers = self._hypers(index, learning_rate)
-            decay = tf.squeeze(reference.to_float64(hypers["decay_lr"]) * hypers["weight_decay"])
+            decay_lr, decay = (tf.squeeze(reference.to_float64(hypers[n])) for n in ("decay_lr", "weight_decay"))
+            decay = decay_lr * decay
             variable.assign_sub(variable * tf.cast(decay, variable.dtype))
         super().update_step(gradient, variable, lr * tf.cast(self._choice(variable).multipliers["lr"], variable.dtype))
 
-    def _update_batch(self, batch: _Batch, learning_rate: Any) -> None:
+    def _update_batch(self, batch: _Batch, learning_rate: Any, counters: dict[str, tf.Tensor] | None = None) -> None:
         """The rule and the decays alone, inside the step by Keras."""
         apply, slots, rule_hypers = self._rule()
+        rule_hypers |= counters or {}
         hypers = self._hypers(batch.index, learning_rate)
         hypers["lr"] = hypers["lr"] * rule_hypers.pop("lr_scale", 1.0)
         if not self._is_fused:

@@ -42,15 +42,17 @@ class Selector:
 def find(variables: Sequence[Any], path: str, index: int | None) -> int | None:
     """The index of the variable that had this path and index when it was saved; None: it is not there.
 
-    A model that is loaded may have other paths, without the model's own name in front.
+    A model that is loaded may have other paths: without the model's own name in front, or with layers numbered anew.
+    So the index counts, if there is one and the variable has the same name, and else the path, or how it ends.
     """
-    for i, variable in enumerate(variables):
-        if path_of(variable) == path:
-            return i
-    if index is not None and index < len(variables):
-        name = path_of(variables[index]).rpartition("/")[2]
-        return index if name == path.rpartition("/")[2] else None
-    return None
+    paths = [path_of(v) for v in variables]
+    name = path.rpartition("/")[2]
+    if index is not None and index < len(paths) and paths[index].rpartition("/")[2] == name:
+        return index
+    if path in paths:
+        return paths.index(path)
+    ends = [i for i, p in enumerate(paths) if p.endswith(f"/{path}") or path.endswith(f"/{p}")]
+    return ends[0] if len(ends) == 1 else None
 
 
 @dataclass
@@ -126,7 +128,7 @@ def serialize(groups: Iterable[Group], variables: Sequence[tuple[Any, Any]]) -> 
             reasons = [(path_of(v), i, group.reason(v, key)) for i, (v, key) in enumerate(variables)]
             chosen = {"variables": [list(r) for r in reasons if r[2] is not None]}
         else:
-            chosen = {"selectors": [[s.kind, _value(s, keras.saving.serialize_keras_object)] for s in group.selectors]}
+            chosen = {"selectors": [[s.kind, _value(s, _serialize_predicate)] for s in group.selectors]}
         config.append(chosen | {"multipliers": group.multipliers, "exclusion": group.exclusion})
     return config
 
@@ -141,6 +143,15 @@ def deserialize(config: Iterable[dict[str, Any]], custom_objects: dict[str, Any]
         chosen += [Selector("variable", path, index=i, reason=reason) for path, i, reason in g.get("variables", [])]
         groups.append(Group(chosen, dict(g["multipliers"]), g["exclusion"]))
     return groups
+
+
+def _serialize_predicate(predicate: Callable[[Any], bool]) -> Any:
+    if ">" not in keras.saving.get_registered_name(predicate):
+        raise ValueError(
+            f"the predicate {predicate} is saved as the variables that it takes once the optimizer is built, and "
+            "before only if it is registered by keras.saving.register_keras_serializable"
+        )
+    return keras.saving.serialize_keras_object(predicate)
 
 
 def _value(selector: Selector, of_predicate: Callable[[Any], Any]) -> Any:

@@ -53,15 +53,18 @@ def base_of(learning_rate: Any) -> float:
     Raises:
       ValueError: it is a callable, or a schedule that does not say.
     """
+    base = None
     if isinstance(learning_rate, (numbers.Real, keras.Variable, tf.Variable)):
-        return to_float("learning_rate", learning_rate)
-    for name in ("warmup_target", "initial_learning_rate"):
-        base = getattr(learning_rate, name, None)
-        if base is not None:
-            return float(base)
-    if isinstance(learning_rate, keras.optimizers.schedules.PiecewiseConstantDecay):
-        return float(learning_rate.values[0])
-    raise ValueError(
-        "decay_coupling='schedule' divides the learning rate by its base, and a "
-        f"{type(learning_rate).__name__} does not tell it: give it an attribute `initial_learning_rate`"
-    )
+        base = to_float("learning_rate", learning_rate)
+    elif isinstance(learning_rate, keras.optimizers.schedules.PiecewiseConstantDecay):
+        base = float(learning_rate.values[0])
+    else:
+        for name in ("initial_learning_rate", "warmup_target"):
+            value = getattr(learning_rate, name, None)
+            base = base if value is None else float(value)
+    if not base:
+        raise ValueError(
+            f"decay_coupling='schedule' divides the learning rate by its base, and found {base} for {learning_rate}: a "
+            "schedule tells it by an attribute `initial_learning_rate`, a number is its own base, and 0 is none"
+        )
+    return base

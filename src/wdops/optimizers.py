@@ -29,7 +29,8 @@ _DOC = """{keras_class} with its whole step fused into one op, and one pass, for
     row, and make such a gradient dense, as a Keras regularizer makes it.
 
     Every hyperparameter that is a number here or in `{keras_class}` may also be a scalar tensor or variable, a
-    `LearningRateSchedule` (of `iterations`), or a callable without arguments, and is saved as `learning_rate` is.
+    `LearningRateSchedule` (of `iterations`), or a callable without arguments, and is saved as `learning_rate` is; not
+    `gradient_accumulation_steps`, `ema_overwrite_frequency`, `learning_rate_power` and `warmup_steps`.
 
     Args:
       *args, **kwargs: those of `{keras_class}`, in its order.
@@ -56,8 +57,8 @@ _DOC = """{keras_class} with its whole step fused into one op, and one pass, for
 
     Differs from Keras: Adam's bias corrections are made in double; bfloat16 and float16 variables are stepped in
     float32, and bfloat16 is rounded stochastically; a negative `weight_decay` is refused when the step runs; exclusions
-    and groups are saved; a config contains the options above only where they are not the default, so that Keras reads
-    it too.
+    and groups are saved; a config contains them and the options above only where there are some, so that Keras reads
+    the others too.
     """
 
 
@@ -295,10 +296,15 @@ def to_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimize
         if getattr(optimizer, name) != default and name not in ("slot_dtype", "rounding", "seed"):
             raise ValueError(f"Keras's optimizers have no `{name}`, and this one has {name}={getattr(optimizer, name)}")
     config = optimizer.get_config()
-    changing = [name for name, value in config.items() if isinstance(value, dict) and name != "learning_rate"]
+    changing = [name for name in optimizer._changing() if name != "learning_rate"]
     exclusions = [s for g in optimizer._own.groups if g.exclusion for s in g.selectors]
-    if "folded_regularizers" in config or any(not g.exclusion for g in optimizer._own.groups) or changing:
-        raise ValueError(f"Keras's optimizers have no folded_regularizers, no groups, and no {changing} that change")
+    found = {
+        "a folded regularizer": optimizer._own.folded,
+        "a group": not all(g.exclusion for g in optimizer._own.groups),
+    }
+    found |= {f"a {name} that changes": True for name in changing}
+    if any(found.values()):
+        raise ValueError(f"Keras's optimizers cannot have {' or '.join(n for n, there in found.items() if there)}")
     if not optimizer.built and any(s.kind in ("path", "predicate") for s in exclusions):
         raise ValueError("before it is built, Keras's optimizer has no exclusions by path or predicate")
     for name in ("groups", *OPTIONS):
@@ -325,6 +331,6 @@ def _rewrap(cls: type, optimizer: Any, convert: Callable[[Any], Any]) -> Any:
     converted = cls(convert(optimizer.inner_optimizer), optimizer.initial_scale, optimizer.dynamic_growth_steps)
     if optimizer.built:
         converted.build(optimizer.inner_optimizer._trainable_variables)
-        for variable, value in zip(converted._variables, optimizer._variables, strict=True):
-            variable.assign(value)
+        for name in ("_iterations", "step_counter", "dynamic_scale"):
+            getattr(converted, name).assign(getattr(optimizer, name))
     return converted

@@ -2,11 +2,12 @@
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+from tensorflow.python.eager import record  # private: whether a GradientTape is open
 
 from wdops import hyperparameters, reference
 from wdops.fused_step import FusedStep
@@ -51,13 +52,20 @@ class Penalties:
 
 
 class _FoldedRegularizer(keras.regularizers.Regularizer):
-    """Stands in the variable for the one that was folded: a penalty that is reported, and has no gradient."""
+    """Stands in the variable for the one that was folded.
 
-    def __init__(self, penalties: Penalties, place: int, original: Any) -> None:
-        self._penalties, self._place, self.original = penalties, place, original
+    Where a step is under way, its penalty is that which the last step reported, without a gradient. Elsewhere, as in
+    `evaluate`, nothing is gained by that, and it is what the variable says.
+    """
+
+    def __init__(self, penalties: Penalties, index: int, original: Any) -> None:
+        self.penalties, self.index, self.original = penalties, index, original
 
     def __call__(self, x: Any) -> tf.Tensor:
-        return tf.stop_gradient(self._penalties.values.value[self._place])
+        if not isinstance(x, keras.Variable) or not record.could_possibly_record():
+            return self.original(x)
+        value = self.penalties.values.value[self.penalties.index.index(self.index)]
+        return tf.cast(tf.stop_gradient(value), x.dtype)
 
 
 def fold_regularizers(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Folded:
@@ -83,78 +91,103 @@ def fold_regularizers(model: keras.Model, optimizer: keras.optimizers.Optimizer)
         not built, or there is a distribution strategy.
 
     A layer that is decayed by `weight_decay` as well gets a warning. An `l1`, `l2` or a group's multiplier of the
-    optimizer reaches the folded variables too, and then is in the reported loss. A saved model has its regularizers in
-    its layers and is folded again when it is loaded with its optimizer; to train it with another one, unfold first.
-    A write to a folded `tf.Variable` past its `keras.Variable` is seen by the reported loss only behind the next step.
+    optimizer reaches the folded variables too, and then is in the reported loss. Variables that another optimizer had
+    folded change over to this one. To compile the model with another optimizer unfolds it, with a warning. A file has
+    the regularizers in its layers: fold again what was loaded. A write to a folded `tf.Variable` past its
+    `keras.Variable` is seen by the loss of the next training step only behind that step.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not isinstance(optimizer, FusedStep) or not optimizer._is_fused:
         raise ValueError(f"regularizers fold into an optimizer of wdops.optimizers, and this one is {type(optimizer)}")
     if tf.distribute.has_strategy():
         raise ValueError("regularizers do not fold under a distribution strategy")
-    if not model.built:
-        raise ValueError(f"the model {model.name!r} is not built, and has no variables yet")
+    if not model.built or not model.trainable_variables:
+        raise ValueError(f"the model {model.name!r} is not built, or has no trainable variables")
     if not optimizer.built:
         optimizer.build(model.trainable_variables)
-    optimizer._check_variables_are_known([v for v in model.trainable_variables if type(v.regularizer) in _FOLDED])
-    folded, left = {}, {}
+    found, left = {}, {}
     for variable in model.trainable_variables:
-        regularizer = getattr(variable, "regularizer", None)
+        regularizer = getattr(variable.regularizer, "original", variable.regularizer)
         if type(regularizer) in _FOLDED:
-            pair = tuple(float(getattr(regularizer, n, 0.0)) for n in ("l1", "l2"))
-            folded[variable.path] = optimizer._own.folded[optimizer._get_variable_index(variable)] = pair
-        elif regularizer is not None and not isinstance(regularizer, _FoldedRegularizer):
+            found[variable.path] = (variable, regularizer)
+        elif regularizer is not None:
             left[variable.path] = regularizer
-    fold(optimizer)
+    optimizer._check_variables_are_known([variable for variable, _ in found.values()])
+    _unfold([variable for variable, _ in found.values()])
+    folded = {}
+    for path, (variable, regularizer) in found.items():
+        pair = tuple(float(getattr(regularizer, n, 0.0)) for n in ("l1", "l2"))
+        folded[path] = optimizer._own.folded[optimizer._get_variable_index(variable)] = pair
+    if folded:
+        _fold(optimizer)
+        _watch(model, "compile", lambda old, *args, **kwargs: _compile(model, optimizer, old, *args, **kwargs))
     if hyperparameters.changes(optimizer.weight_decay) or optimizer.weight_decay:
-        decayed = [v.path for v in model.trainable_variables if v.path in folded and optimizer._use_weight_decay(v)]
+        decayed = [path for path, (variable, _) in found.items() if optimizer._use_weight_decay(variable)]
         for layer in dict.fromkeys(path.rpartition("/")[0] for path in decayed):
             warnings.warn(f"layer {layer!r} has both a regularizer and the optimizer's weight_decay", stacklevel=2)
     _trace_anew(model)
     return Folded(folded, left)
 
 
-def fold(optimizer: FusedStep) -> None:
-    """Makes a built optimizer the one that penalizes the variables of `folded`, and their regularizers silent."""
-    index = sorted(optimizer._own.folded)
-    if not index:
-        return
-    penalties = optimizer._own.penalties = Penalties(optimizer, index)
-    for place, i in enumerate(index):
-        variable = optimizer._trainable_variables[i]
-        original = getattr(variable.regularizer, "original", variable.regularizer)
-        variable.regularizer = _FoldedRegularizer(penalties, place, original)
-        _watch(variable, functools.partial(penalties.refresh, [i]))
-    penalties.refresh()
-
-
-def unfold_regularizers(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
+def unfold_regularizers(model: keras.Model) -> None:
     """Gives the layers their regularizers back, as before `fold_regularizers`, and takes them from the optimizer.
 
     Args:
-      model, optimizer: those that were folded.
+      model: one that was folded, or not.
     """
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    for variable in model.variables:
-        if isinstance(getattr(variable, "regularizer", None), _FoldedRegularizer):
-            variable.regularizer = variable.regularizer.original
-            optimizer._own.folded.pop(optimizer._get_variable_index(variable))
-            del variable.assign
-    optimizer._own.penalties = None
+    _unfold(model.variables)
+    vars(model).pop("compile", None)
     _trace_anew(model)
 
 
-def _watch(variable: keras.Variable, refresh: functools.partial) -> None:
-    """Calls `refresh` behind every assignment: by a constraint, `set_weights`, or a file that is loaded."""
-    assign = type(variable).assign.__get__(variable)
+def _fold(optimizer: FusedStep) -> None:
+    """Makes a built optimizer the one that penalizes the variables of `folded`, and their regularizers silent."""
+    penalties = optimizer._own.penalties = Penalties(optimizer, sorted(optimizer._own.folded))
+    for i in penalties.index:
+        variable = optimizer._trainable_variables[i]
+        original = getattr(variable.regularizer, "original", variable.regularizer)
+        variable.regularizer = _FoldedRegularizer(penalties, i, original)
+        # By a constraint, `set_weights`, or a file that is loaded.
+        _watch(variable, "assign", functools.partial(_assign, functools.partial(penalties.refresh, [i])))
+    penalties.refresh()
 
-    @functools.wraps(assign)
-    def assign_and_refresh(value: Any) -> Any:
-        result = assign(value)
-        refresh()
-        return result
 
-    variable.assign = assign_and_refresh
+def _unfold(variables: Sequence[Any]) -> None:
+    optimizers = {}
+    for variable in variables:
+        stand_in = getattr(variable, "regularizer", None)
+        if isinstance(stand_in, _FoldedRegularizer):
+            optimizer = stand_in.penalties.optimizer
+            optimizers[id(optimizer)] = optimizer
+            del optimizer._own.folded[stand_in.index], variable.assign
+            variable.regularizer = stand_in.original
+    for optimizer in optimizers.values():
+        optimizer._own.penalties = None
+        if optimizer._own.folded:
+            _fold(optimizer)
+
+
+def _watch(target: Any, name: str, instead: Callable[..., Any]) -> None:
+    """Has `instead` called for a method of one object, with the method before its arguments."""
+    method = getattr(type(target), name).__get__(target)
+    object.__setattr__(target, name, functools.wraps(method)(functools.partial(instead, method)))
+
+
+def _assign(refresh: Callable[[], None], assign: Callable[..., Any], value: Any) -> Any:
+    result = assign(value)
+    refresh()
+    return result
+
+
+def _compile(model: keras.Model, folded: FusedStep, compile: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    compile(*args, **kwargs)
+    if getattr(model.optimizer, "inner_optimizer", model.optimizer) is not folded:
+        warnings.warn(
+            f"the regularizers of {model.name!r} were folded into another optimizer, and are in its layers again: call "
+            "fold_regularizers for the new one",
+            stacklevel=4,
+        )
+        unfold_regularizers(model)
 
 
 def _trace_anew(model: keras.Model) -> None:
