@@ -323,8 +323,14 @@ def to_keras(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimize
 def _take_over(converted: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> None:
     if optimizer.built:
         converted.build(optimizer._trainable_variables)
-        for variable, value in zip(converted.variables, optimizer.variables, strict=True):
+        for variable, value in zip(_variables(converted), _variables(optimizer), strict=True):
             variable.assign(tf.cast(value, variable.dtype))
+
+
+def _variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """All, Nadam's product of momenta last: Keras does not count it where a LossScaleOptimizer built the Nadam."""
+    product = getattr(optimizer, "_u_product", None)
+    return [v for v in optimizer.variables if v is not product] + ([] if product is None else [product])
 
 
 def _rewrap(cls: type, optimizer: Any, convert: Callable[[Any], Any]) -> Any:
