@@ -146,7 +146,7 @@ def deserialize(config: Iterable[dict[str, Any]], custom_objects: dict[str, Any]
 
 
 def _serialize_predicate(predicate: Callable[[Any], bool]) -> Any:
-    if ">" not in keras.saving.get_registered_name(predicate):
+    if keras.saving.get_registered_object(keras.saving.get_registered_name(predicate)) is None:
         raise ValueError(
             f"the predicate {predicate} is saved as the variables that it takes once the optimizer is built, and "
             "before only if it is registered by keras.saving.register_keras_serializable"
