@@ -72,6 +72,7 @@ def test_every_option_is_that_of_keras(clip, rest, mode):
     arguments = {"learning_rate": 0.01, "weight_decay": 0.1, **clip, **rest}
     want = run(keras.optimizers.AdamW(**arguments), mode, l2=L2)
     got = run(optimizers.AdamW(**arguments, l2=L2), mode)
+    # 5e-6 below: Keras makes 1 - beta_2^t in float32, which is off by 1e-5 in the first steps.
     if rest is not REST:
         # The sum that is under way has its penalty when the step is made; without penalties it is compared below.
         got, want = ({n: x for n, x in s.items() if "gradient_accumulator" not in n} for s in (got, want))
@@ -96,6 +97,12 @@ def test_all_options_together_with_constraints_and_missing_gradients(name, mode)
     assert min(v.min() for n, v in got.items() if n in ("var 0", "var 2", "var 3")) >= 0
 
 
+def operations_of(graph):
+    """Those in the branches of a tf.cond too."""
+    graphs = [graph, *(f.graph for f in graph._functions.values() if hasattr(f, "graph"))]
+    return [op for g in graphs for op in g.get_operations()]
+
+
 def test_the_step_is_two_ops_and_no_other_touches_a_variable():
     arguments = {"clip": {"global_clipnorm": 0.5}, "skip": {"skip_nonfinite": True}, "both": {"clipnorm": 1.0}}
     for name, argument in arguments.items():
@@ -104,8 +111,7 @@ def test_the_step_is_two_ops_and_no_other_touches_a_variable():
         opt.build(variables)
         step = tf.function(lambda *grads: opt.apply(list(grads), variables))  # noqa: B023
         graph = step.get_concrete_function(*[tf.ones((20, 30))] * 3).graph
-        bodies = [graph, *(f.graph for f in graph._functions.values() if hasattr(f, "graph"))]
-        operations = [op for g in bodies for op in g.get_operations()]
+        operations = operations_of(graph)
         if name != "skip":
             assert sum(op.type == "Wdops>Norms" for op in operations) == 1
             assert sum(op.type == "Wdops>ApplyAdam" for op in operations) == 1
@@ -147,14 +153,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_does_not_count(name, bad,
     assert all(a.tobytes() == b.tobytes() for a, b in zip(clean.values(), disturbed.values(), strict=True))
 
 
-@modes
-@pytest.mark.parametrize("name", ["AdamW", "Nadam", "ScheduleFreeAdamW"])
-@pytest.mark.parametrize("failure", ["shape", "hyperparameter"])
+# XLA sees no values while it compiles: as the README says, a variable that holds -1 goes unnoticed there.
+FAILURES = [*(("shape", mode) for mode in MODES), ("hyperparameter", "eager"), ("hyperparameter", "graph")]
+# Keras has the last from 3.14 on, and pyproject.toml allows 3.12.
+WITH_STATE = [n for n in ("AdamW", "Nadam", "ScheduleFreeAdamW") if hasattr(optimizers, n)]
+
+
+@pytest.mark.parametrize(("failure", "mode"), FAILURES)
+@pytest.mark.parametrize("name", WITH_STATE)
 def test_a_step_that_fails_leaves_everything_as_it_was(failure, name, mode):
-    if failure == "hyperparameter" and mode == "jit":
-        pytest.skip("XLA does not know values when it checks")
-    if not hasattr(optimizers, name):
-        pytest.skip("this Keras has no such optimizer")
     decay = tf.Variable(0.1)
     opt = getattr(optimizers, name)(0.01, weight_decay=decay, global_clipnorm=1.0, **EMA)
     variables = [keras.Variable(x) for x in problem(1)[0]]
@@ -234,8 +241,7 @@ def test_unscaling_costs_no_op_on_gradients():
         *[tf.ones(v.shape) for v in scaled.variables]
     )
     shapes = {(20, 30), (30, 10)}
-    operations = [op for f in [graph.graph, *(f.graph for f in graph.graph._functions.values() if hasattr(f, "graph"))]
-                  for op in f.get_operations()]  # fmt: skip
+    operations = operations_of(graph.graph)
     assert {op.type for op in operations for t in op.outputs if t.shape in shapes} <= {"Placeholder", "Identity"}
     assert any(op.type == "Wdops>ApplyAdam" for op in operations)
 
@@ -256,6 +262,7 @@ def test_precision_policies_train(policy, jit):
     keras.config.set_dtype_policy(policy)
     try:
         for opt in (optimizers.AdamW(0.01), optimizers.LossScaleOptimizer(optimizers.AdamW(0.01))):
+            # 16 bits of forward pass wander by less than that; a model that does not move stays at 1.58.
             assert loss(opt) < want + 0.02
     finally:
         keras.config.set_dtype_policy("float32")

@@ -144,6 +144,7 @@ def test_float64_agrees_with_an_oracle_that_stands_alone(case):
     assert difference(train(optimizer(wdops.optimizers, case), dtype="float64"), want) <= 1e-13
 
 
+# Keras has it from 3.14 on, pyproject.toml allows 3.12, and wdops has the classes that Keras has.
 @pytest.mark.skipif(not hasattr(keras.optimizers, "ScheduleFreeAdamW"), reason="this Keras does not have it yet")
 @pytest.mark.parametrize("mode", MODES)
 def test_schedule_free_is_that_of_the_paper(mode):

@@ -525,15 +525,15 @@ class FusedStep(keras.optimizers.Optimizer):
             hypers["accumulator"] = [self._accumulated_gradients[i] for i in batch.index]
         return hypers
 
+    def _clips(self, *names: str) -> bool:
+        """Whether any of these limits of clipping is set."""
+        return any(self._may_change(n) or (getattr(self, n) or 0) > 0 for n in names)
+
     def _limit(self, name: str) -> Any:
-        """A limit of clipping; None: there is none."""
-        limit = getattr(self, name)
-        if self._may_change(name):
-            return reference.to_float64(self._now(limit))
-        return limit if limit and limit > 0 else None
+        return reference.to_float64(self._now(getattr(self, name)))
 
     def _measure(self, batches: list[_Batch], scale: dict[str, Any], skip_nonfinite: bool) -> list[reference.Norms]:
-        if not skip_nonfinite and self._limit("clipnorm") is None and self._limit("global_clipnorm") is None:
+        if not skip_nonfinite and not self._clips("clipnorm", "global_clipnorm"):
             return []
         return [
             ops.norms(b.grads, b.variables if self._penalizes(b.index) else None, **self._gradient_hypers(b, scale))
@@ -541,8 +541,8 @@ class FusedStep(keras.optimizers.Optimizer):
         ]
 
     def _clip_scales(self, norms: list[tf.Tensor]) -> list[Any]:
-        limit = self._limit("clipnorm")
-        if limit is not None:
+        if self._clips("clipnorm"):
+            limit = self._limit("clipnorm")
             return [limit / tf.maximum(norm, limit) for norm in norms]
         limit = self._limit("global_clipnorm")
         norm = tf.norm(tf.concat(norms, 0))
@@ -555,9 +555,9 @@ class FusedStep(keras.optimizers.Optimizer):
         counters = self._counters()
         rule_hypers = {n: self._now(x) for n, x in rule_hypers.items()} | {n: x for n, (_, x) in counters.items()}
         lr_scale = rule_hypers.pop("lr_scale", None)
-        clips = self._limit("clipnorm") is not None or self._limit("global_clipnorm") is not None
+        clips = self._clips("clipnorm", "global_clipnorm")
         clip_scales = self._clip_scales(norms) if clips else [1.0] * len(batches)
-        clip_value = self._limit("clipvalue")
+        clip_value = self._limit("clipvalue") if self._clips("clipvalue") else 0.0
         learning_rate = self.learning_rate
         done = []
         for batch, clip_scale in zip(batches, clip_scales, strict=True):
@@ -573,7 +573,7 @@ class FusedStep(keras.optimizers.Optimizer):
                 *([slot[i] for i in batch.index] for slot in slots),
                 batch.grads,
                 clip_scale=clip_scale,
-                clip_value=0.0 if clip_value is None else clip_value,
+                clip_value=clip_value,
                 report_penalty=self._own.penalties is not None,
                 **hypers,
                 **rule_hypers,
@@ -662,8 +662,7 @@ class FusedStep(keras.optimizers.Optimizer):
     @property
     def _penalizes_first(self) -> bool:
         """Whether Keras's code, before the rule, needs gradients that contain the penalty."""
-        limits = [self._limit(name) for name in ("clipnorm", "clipvalue", "global_clipnorm")]
-        return self._moves_between_steps or any(limit is not None for limit in limits)
+        return self._moves_between_steps or self._clips("clipnorm", "clipvalue", "global_clipnorm")
 
     def _backend_apply_gradients(self, grads: list[Any], trainable_variables: list[Any]) -> None:
         if self._penalizes_first:

@@ -200,7 +200,7 @@ class Ftrl(FusedStep, keras.optimizers.Ftrl):
         return ops.apply_ftrl_power, slots, hypers | {"lr_power": self.learning_rate_power}
 
 
-if hasattr(keras.optimizers, "ScheduleFreeAdamW"):  # from Keras 3.13 on
+if hasattr(keras.optimizers, "ScheduleFreeAdamW"):  # from Keras 3.14 on
 
     @_public
     class ScheduleFreeAdamW(_FusedAdam, keras.optimizers.ScheduleFreeAdamW):
