@@ -108,17 +108,23 @@ for _rule in reference.RULES.values():
 
 
 def norms(
-    grad: Any, var: Any = None, *, accumulator: Any = None, name: str | None = None, **hypers: Any
+    grad: Any,
+    var: Any = None,
+    *,
+    accumulator: Any = None,
+    grad_scale: Any = 1.0,
+    accumulation_scale: Any = 1.0,
+    l1: Any = 0.0,
+    l2: Any = 0.0,
+    name: str | None = None,
 ) -> reference.Norms:
-    unknown = set(hypers) - set(reference.GRADIENT_DEFAULTS)
-    if unknown:
-        raise TypeError(f"norms() got an unexpected keyword argument {min(unknown)!r}")
     grads = [_gradient(i, g) for i, g in enumerate(reference.as_list(grad))]
     targets = _targets({"grad": None, "var": var, "accumulator": accumulator}, len(grads))
     del targets["grad"]
     if not grads:
         return reference.Norms(tf.zeros(0, tf.float64), tf.zeros(0, tf.float64), tf.constant(True))
-    values = {n: _hyper(n, x) for n, x in (reference.GRADIENT_DEFAULTS | hypers).items()}
+    hypers = {"grad_scale": grad_scale, "accumulation_scale": accumulation_scale, "l1": l1, "l2": l2}
+    values = {n: _hyper(n, x) for n, x in hypers.items()}
     return reference.Norms(*raw_ops.wdops_norms(**targets, grad=grads, **values, name=name))
 
 

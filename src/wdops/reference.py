@@ -817,7 +817,17 @@ class Norms(NamedTuple):
     finite: tf.Tensor
 
 
-def norms(grad: Any, var: Any = None, *, accumulator: Any = None, name: str | None = None, **hypers: Any) -> Norms:
+def norms(
+    grad: Any,
+    var: Any = None,
+    *,
+    accumulator: Any = None,
+    grad_scale: Any = 1.0,
+    accumulation_scale: Any = 1.0,
+    l1: Any = 0.0,
+    l2: Any = 0.0,
+    name: str | None = None,
+) -> Norms:
     """The norm of every gradient with its penalty, in one read; what clipping needs.
 
         g       = accumulation_scale * (grad_scale*grad + accumulator) + l1*sign(p) + 2*l2*p
@@ -840,14 +850,8 @@ def norms(grad: Any, var: Any = None, *, accumulator: Any = None, name: str | No
     Raises:
       ValueError, tf.errors.InvalidArgumentError: as `apply_sgd`.
     """
-    return _norms(grad, var, accumulator, hypers)
-
-
-def _norms(grad: Any, var: Any, accumulator: Any, hypers: dict[str, Any]) -> Norms:
-    unknown = set(hypers) - set(GRADIENT_DEFAULTS)
-    if unknown:
-        raise TypeError(f"norms() got an unexpected keyword argument {min(unknown)!r}")
-    hypers = {n: to_float64(x) for n, x in (GRADIENT_DEFAULTS | hypers).items()}
+    hypers = {"grad_scale": grad_scale, "accumulation_scale": accumulation_scale, "l1": l1, "l2": l2}
+    hypers = {n: to_float64(x) for n, x in hypers.items()}
     found = []
     for i, g in enumerate(as_list(grad)):
         h = {n: x if len(x.shape) == 0 else x[i] for n, x in hypers.items()}
