@@ -1,40 +1,14 @@
-// The loop over a CPU's memory. Compiled once per instruction set, which the
-// flags of the target and WDOPS_ISA name; nothing that is compiled here is
-// visible to another library but wdops_cpu_kernels.
+// The loop of a step over a CPU's memory. Compiled, as factored.cc, once per
+// instruction set, which the flags of the target and WDOPS_ISA name; nothing
+// that is compiled here is visible to another library but wdops_cpu_kernels.
 #include "cpu/sweep.h"
 
-#ifdef __SSE2__
-#include <xmmintrin.h>
-#endif
+#include "cpu/add_up.h"
+#include "cpu/factored.h"
+#include "cpu/float_mode.h"
 
 namespace wdops::cpu {
 namespace {
-
-// For its lifetime: round to nearest, flush subnormals to zero, as TensorFlow's
-// threads do. A caller with NumPy arrays is none of them, and would get other
-// bits; and slots that decay towards zero would stay subnormal for ever, at
-// many times the cost of an element.
-class FloatMode {
- public:
-#if defined(__SSE2__)
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x9fc0); }
-  ~FloatMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  FloatMode() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" ::"r"(uint64_t{1} << 24) : "memory");
-  }
-  ~FloatMode() { asm volatile("msr fpcr, %0" ::"r"(saved_) : "memory"); }
-
- private:
-  uint64_t saved_;
-#else
-  FloatMode() {}
-#endif
-};
 
 // How many elements are staged at a time where a chunk lacks an array: a
 // scratch array, which stays in L1, stands for it.
@@ -149,38 +123,6 @@ void SweepRule(const void* step_bytes, const Chunk& chunk) {
   } else {
     SweepRounded<false, Rule, T, SlotT>(step, chunk);
   }
-}
-
-// Adds up each number of the array term(i) for every i below n in a fixed tree:
-// kLanes sums side by side, so that every vector width gives the same bits, and
-// then their halves.
-constexpr int kLanes = 64;
-
-template <class Term>
-Sums AddUp(int64_t n, const Term& term) {
-  using Terms = decltype(term(0));
-  constexpr int kTerms = std::tuple_size_v<Terms>;
-  double sums[kTerms][kLanes] = {};
-  const auto add = [&](int64_t i, int lane) {
-    const Terms terms = term(i);
-    for (int t = 0; t < kTerms; ++t) sums[t][lane] += terms[t];
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma GCC ivdep
-    for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
-  }
-  for (int lane = 0; i + lane < n; ++lane) add(i + lane, lane);
-  double total[4] = {};
-  for (int t = 0; t < kTerms; ++t) {
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int lane = 0; lane < half; ++lane) {
-        sums[t][lane] += sums[t][lane + half];
-      }
-    }
-    total[t] = sums[t][0];
-  }
-  return {total[0], total[1], total[2], total[3]};
 }
 
 template <template <class> class Rule, class T, class SlotT>
@@ -309,7 +251,8 @@ constexpr Kernels kKernels = {WDOPS_ISA,
                               {
 #define DTYPE(name, Type) &PenaltySums<Type>,
 #include "rules/dtypes.inc"
-                              }};
+                              },
+                              &kFactoredKernels};
 
 }  // namespace
 }  // namespace wdops::cpu

@@ -16,10 +16,10 @@ inline constexpr int64_t kChunk = 16384;
 
 inline int64_t Chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
-// One chunk of one variable: arrays of n elements that do not overlap.
+// One run of one variable, a chunk or less: arrays of n elements that do not
+// overlap.
 struct Chunk {
-  int64_t
-      begin;  // of the chunk in the variable, in elements; divides by kChunk
+  int64_t begin;  // in the variable, in elements
   int64_t n;
   void* param;
   const void* grad;
@@ -57,6 +57,8 @@ inline bool IsFinite(const Sums& sums, DType dtype) {
 using SweepPerLayout = std::array<Sweep, kLayoutCount>;
 using SumPerLayout = std::array<Sum, kLayoutCount>;
 
+struct FactoredKernels;
+
 struct Kernels {
   const char* isa;
   std::array<SweepPerLayout, kRuleCount> sweep;
@@ -71,6 +73,7 @@ struct Kernels {
   // a: of |param|, b: of its squares. `step` is l1, a double: if it is 0, so is
   // a. Per dtype.
   std::array<Sum, kDTypeCount> penalty;
+  const std::array<FactoredKernels, kDTypeCount>* factored;
 };
 
 }  // namespace wdops::cpu

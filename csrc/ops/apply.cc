@@ -23,7 +23,6 @@ struct Target {
   AnyStep* step;
   DType dtype;
   int layout;
-  const char* grad;
 };
 
 class ApplyOp : public tensorflow::OpKernel {
@@ -63,50 +62,52 @@ class ApplyOp : public tensorflow::OpKernel {
       return Spec<const TensorShape&>{value.dtype(), value.shape()};
     }));
 
-    const Places places(ctx, inputs_);
+    Gradients grads;
+    TF_RETURN_IF_ERROR(
+        grads.Make(ctx, inputs_, *kernels, [](int) { return true; }));
     std::vector<Target> targets(inputs_.n);
     for (int i = 0; i < inputs_.n; ++i) {
       const DType dtype = FromTensorFlow(inputs_.dtypes[i]);
       const int last = inputs_.At(inputs_.slots, i);  // slot, or the variable
       const DType slot = FromTensorFlow(vars[last]->tensor()->dtype());
-      targets[i] = {steps.Of(i, dtype), dtype, FindLayout(dtype, slot),
-                    Data(ctx->input(inputs_.Grad(i)))};
+      targets[i] = {steps.Of(i, dtype), dtype, FindLayout(dtype, slot)};
     }
 
     const size_t rule = &rule_ - kRules;
     // Reads what CopyOnWrite has not replaced yet, and writes nothing.
     if (rule_.trust) {
-      std::vector<cpu::Sums> sums(places.Chunks());
-      ForChunks(ctx, places, 2 * inputs_.lists.size() - 1,
-                [&](int i, int64_t c, int64_t begin, int64_t n) {
-                  const cpu::Chunk chunk =
-                      ChunkOf(vars, targets[i], i, begin, n);
-                  sums[c] = kernels->trust[rule][targets[i].layout](
-                      targets[i].step, chunk);
-                });
+      std::vector<cpu::Sums> sums(grads.Chunks());
+      grads.ForChunks(
+          ctx, inputs_.lists.size(),
+          [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
+            const cpu::Chunk chunk = ChunkOf(vars, i, begin, n, grad);
+            sums[c] +=
+                kernels->trust[rule][targets[i].layout](targets[i].step, chunk);
+          });
       for (int i = 0; i < inputs_.n; ++i) {
         rule_.set_trust[targets[i].dtype](
-            targets[i].step, cpu::TrustRatio(places.SumOver(i, sums)));
+            targets[i].step, cpu::TrustRatio(grads.SumOver(i, sums)));
       }
     }
 
     // Keeps the old buffers alive until the sweep has read them.
     std::vector<Tensor> sources(inputs_.Resources());
     TF_RETURN_IF_ERROR(CopyOnWrite(ctx, vars, &sources));
-    std::vector<cpu::Sums> sums(report_penalty_ ? places.Chunks() : 0);
-    ForChunks(ctx, places, 2 * inputs_.lists.size() - 1,
-              [&](int i, int64_t c, int64_t begin, int64_t n) {
-                const Target& target = targets[i];
-                CopyChunk(vars, sources, i, begin, n);
-                const cpu::Chunk chunk = ChunkOf(vars, target, i, begin, n);
-                kernels->sweep[rule][target.layout](target.step, chunk);
-                if (report_penalty_) {
-                  const double l1 = HyperOf(ctx, inputs_, kL1, i);
-                  sums[c] = kernels->penalty[target.dtype](&l1, chunk);
-                }
-              });
+    std::vector<cpu::Sums> sums(report_penalty_ ? grads.Chunks() : 0);
+    grads.ForChunks(
+        ctx, 2 * inputs_.lists.size() - 1,
+        [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
+          const Target& target = targets[i];
+          CopyChunk(vars, sources, i, begin, n);
+          const cpu::Chunk chunk = ChunkOf(vars, i, begin, n, grad);
+          kernels->sweep[rule][target.layout](target.step, chunk);
+          if (report_penalty_) {
+            const double l1 = HyperOf(ctx, inputs_, kL1, i);
+            sums[c] += kernels->penalty[target.dtype](&l1, chunk);
+          }
+        });
     for (int i = 0; report_penalty_ && i < inputs_.n; ++i) {
-      const cpu::Sums sum = places.SumOver(i, sums);
+      const cpu::Sums sum = grads.SumOver(i, sums);
       penalty->vec<double>()(i) =
           PenaltyOf(HyperOf(ctx, inputs_, kL1, i),
                     HyperOf(ctx, inputs_, kL2, i), sum.a, sum.b);
@@ -114,15 +115,14 @@ class ApplyOp : public tensorflow::OpKernel {
     return absl::OkStatus();
   }
 
-  cpu::Chunk ChunkOf(const Vars& vars, const Target& target, int i,
-                     int64_t begin, int64_t n) const {
+  cpu::Chunk ChunkOf(const Vars& vars, int i, int64_t begin, int64_t n,
+                     const char* grad) const {
     const auto data = [&](int list) -> char* {
       if (list < 0) return nullptr;
       const Tensor& value = *vars[inputs_.At(list, i)]->tensor();
       return Data(value) + begin * DataTypeSize(value.dtype());
     };
-    cpu::Chunk chunk{begin, n, data(0),
-                     target.grad + begin * kDTypeBytes[target.dtype]};
+    cpu::Chunk chunk{begin, n, data(0), grad};
     for (int k = 0; k < inputs_.slots; ++k) chunk.slot[k] = data(1 + k);
     chunk.accumulator = data(inputs_.accumulator);
     chunk.average = data(inputs_.average);
@@ -202,6 +202,10 @@ absl::Status ApplyShape(const RuleInfo& rule, InferenceContext* c) {
     return PartialTensorShape(c->ShapeHandleToProto(shape));
   };
   return CheckTensors(inputs, [&](int input) -> Spec<PartialTensorShape> {
+    if (input >= inputs.Grad(inputs.n)) {
+      return {inputs.factor_dtypes[input - inputs.Grad(inputs.n)],
+              shape_of(c->input(input))};
+    }
     if (input >= inputs.Resources()) {
       return {inputs.dtypes[input % inputs.n], shape_of(c->input(input))};
     }
@@ -217,6 +221,8 @@ void RegisterApply(const RuleInfo& rule) {
   op.Attr("A: int >= 0");
   op.Attr("E: int >= 0");
   op.Attr("T: list({float, double, bfloat16, half}) >= 1");
+  op.Attr("U: list({float, double, bfloat16, half}) >= 0");
+  op.Attr("factored: list(int) = []");
   op.Attr("scaled_proximal: bool = false");
   op.Attr("stochastic: bool = false");
   op.Attr("report_penalty: bool = false");
@@ -227,6 +233,7 @@ void RegisterApply(const RuleInfo& rule) {
   op.Input("accumulator: A * resource");
   op.Input("average: E * resource");
   op.Input("grad: T");
+  op.Input("factor: U");
   for (const std::string& hyper : HyperNames(&rule)) {
     op.Input(absl::StrCat(hyper, ": double"));
   }

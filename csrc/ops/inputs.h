@@ -44,10 +44,15 @@ struct Inputs {
   std::vector<std::string> hypers;
   int slots = 0;                       // lists 1 to `slots` are slots
   int accumulator = -1, average = -1;  // the index of a list, or -1
+  // Of variables whose gradient is factored: the input that is dz, while that
+  // in the list of gradients is x; or -1. An op decides at run time if dz is an
+  // empty vector: then the gradient is a tensor after all.
+  std::vector<int> factor;
+  std::vector<tensorflow::DataType> factor_dtypes;
 
   int At(int list, int i) const { return list * n + i; }
   int Grad(int i) const { return Resources() + i; }
-  int Hyper(int j) const { return Grad(n) + j; }
+  int Hyper(int j) const { return Grad(n) + factor_dtypes.size() + j; }
   // The variables are the inputs from 0 on.
   int Resources() const { return (lists.size() - 1) * n; }
   // As a message names it: "m[3]".
@@ -93,6 +98,24 @@ absl::Status MakeInputs(const RuleInfo* rule, Context* ctx, Inputs* inputs) {
   TF_RETURN_IF_ERROR(optional("A", "accumulator", &inputs->accumulator));
   if (rule) TF_RETURN_IF_ERROR(optional("E", "average", &inputs->average));
   inputs->lists.push_back("grad");
+  std::vector<int> factored;
+  TF_RETURN_IF_ERROR(ctx->GetAttr("factored", &factored));
+  TF_RETURN_IF_ERROR(ctx->GetAttr("U", &inputs->factor_dtypes));
+  if (factored.size() != inputs->factor_dtypes.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "factored has ", factored.size(), " entries, but factor has ",
+        inputs->factor_dtypes.size()));
+  }
+  inputs->factor.assign(inputs->n, -1);
+  for (size_t f = 0; f < factored.size(); ++f) {
+    const int i = factored[f];
+    if (i < 0 || i >= inputs->n || inputs->factor[i] >= 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("factored[", f, "] is ", i,
+                       ", but must be another variable of the ", inputs->n));
+    }
+    inputs->factor[i] = inputs->Grad(inputs->n) + f;
+  }
   return absl::OkStatus();
 }
 
@@ -113,18 +136,58 @@ struct Spec {
   Shape shape;
 };
 
+// Whether x and dz of a factored gradient go together, and make a gradient of
+// `var` if there is one.
+template <class AnySpec>
+absl::Status CheckFactors(const Inputs& inputs, int i, const AnySpec& x,
+                          const AnySpec& dz, const AnySpec* var) {
+  const std::string name = inputs.Name(inputs.Grad(i));
+  if (x.dtype != dz.dtype) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        name, ": dz has dtype ", tensorflow::DataTypeString(dz.dtype),
+        ", but x has dtype ", tensorflow::DataTypeString(x.dtype)));
+  }
+  if (x.shape.dims() < 0 || dz.shape.dims() < 0) return absl::OkStatus();
+  const auto agree = [](int64_t a, int64_t b) {
+    return a == b || a < 0 || b < 0;
+  };
+  if (x.shape.dims() != 2 || dz.shape.dims() != 2 ||
+      !agree(x.shape.dim_size(0), dz.shape.dim_size(0))) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        name, ": x has shape ", x.shape.DebugString(), " and dz has shape ",
+        dz.shape.DebugString(), ", but they must be [batch, rows] and ",
+        "[batch, columns]"));
+  }
+  if (!var || var->shape.dims() < 0) return absl::OkStatus();
+  if (var->shape.dims() != 2 ||
+      !agree(var->shape.dim_size(0), x.shape.dim_size(1)) ||
+      !agree(var->shape.dim_size(1), dz.shape.dim_size(1))) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": x has shape ", x.shape.DebugString(),
+                     " and dz has shape ", dz.shape.DebugString(), ", but ",
+                     inputs.Name(i), " has shape ", var->shape.DebugString()));
+  }
+  return absl::OkStatus();
+}
+
+// Whether dz says that the gradient is a tensor after all.
+template <class Shape>
+bool IsNoFactor(const Shape& dz) {
+  return dz.dims() == 1 && dz.dim_size(0) <= 0;
+}
+
 // Whether everything that belongs to a variable has its shape, and its dtype;
 // slots may all have another dtype of a layout. `spec_of(input)` is a Spec.
 template <class SpecOf>
 absl::Status CheckTensors(const Inputs& inputs, const SpecOf& spec_of) {
   for (int i = 0; i < inputs.n; ++i) {
     const auto& var = spec_of(i);
-    for (size_t list = 1; list < inputs.lists.size(); ++list) {
+    for (size_t list = 0; list < inputs.lists.size(); ++list) {
       const int input = inputs.At(list, i);
       const auto& other = spec_of(input);
       const bool known = other.dtype != tensorflow::DT_INVALID &&
                          var.dtype != tensorflow::DT_INVALID;
-      const bool slot = list <= static_cast<size_t>(inputs.slots);
+      const bool slot = list > 0 && list <= static_cast<size_t>(inputs.slots);
       bool fits = other.dtype == var.dtype;
       if (slot && known) {
         fits = other.dtype == spec_of(inputs.At(1, i)).dtype &&
@@ -137,7 +200,11 @@ absl::Status CheckTensors(const Inputs& inputs, const SpecOf& spec_of) {
             tensorflow::DataTypeString(other.dtype), ", but ", inputs.Name(i),
             " has dtype ", tensorflow::DataTypeString(var.dtype)));
       }
-      if (!Agree(other.shape, var.shape)) {
+      const int factor = input == inputs.Grad(i) ? inputs.factor[i] : -1;
+      if (factor >= 0 && !IsNoFactor(spec_of(factor).shape)) {
+        TF_RETURN_IF_ERROR(CheckFactors(inputs, i, other, spec_of(factor),
+                                        list == 0 ? nullptr : &var));
+      } else if (!Agree(other.shape, var.shape)) {
         return absl::InvalidArgumentError(absl::StrCat(
             inputs.Name(input), " has shape ", other.shape.DebugString(),
             ", but ", inputs.Name(i), " has shape ", var.shape.DebugString()));

@@ -1,5 +1,6 @@
 // The op of norms: the norm of every gradient of a list with its penalty, the
 // penalties, and whether all is finite, in one read.
+#include <algorithm>
 #include <cmath>
 
 #include "ops/sweep.h"
@@ -33,9 +34,9 @@ class NormsOp : public tensorflow::OpKernel {
     TF_RETURN_IF_ERROR(steps.Make(ctx, inputs_, kRules[0], {}));
     // A tensor that shares a variable's buffer makes whoever writes to the
     // variable in the meantime copy it, so no lock is held while it is read.
-    std::vector<Tensor> values(inputs_.Grad(inputs_.n));
-    for (int i = 0; i < inputs_.n; ++i) {
-      values[inputs_.Grad(i)] = ctx->input(inputs_.Grad(i));
+    std::vector<Tensor> values(inputs_.Hyper(0));
+    for (int input = inputs_.Grad(0); input < inputs_.Hyper(0); ++input) {
+      values[input] = ctx->input(input);
     }
     {
       Vars vars;
@@ -57,25 +58,32 @@ class NormsOp : public tensorflow::OpKernel {
         ctx->allocate_output(1, TensorShape({inputs_.n}), &penalty));
     TF_RETURN_IF_ERROR(ctx->allocate_output(2, TensorShape({}), &finite));
 
-    const Places places(ctx, inputs_);
-    const bool has_var = inputs_.lists[0] == "var";
-    std::vector<cpu::Sums> sums(places.Chunks());
-    ForChunks(ctx, places, inputs_.lists.size(),
-              [&](int i, int64_t c, int64_t begin, int64_t n) {
-                const DType dtype = FromTensorFlow(inputs_.dtypes[i]);
-                const auto data = [&](int input) {
-                  return Data(values[input]) + begin * kDTypeBytes[dtype];
-                };
-                cpu::Chunk chunk{begin, n, has_var ? data(i) : nullptr,
-                                 data(inputs_.Grad(i))};
-                if (inputs_.accumulator >= 0) {
-                  chunk.accumulator = data(inputs_.At(inputs_.accumulator, i));
-                }
-                sums[c] = kernels->gradient[dtype](steps.Of(i, dtype), chunk);
-              });
+    const std::vector<double> by_factors = SquaresByFactors(ctx, *kernels);
+    const auto wanted = [&](int i) { return std::isnan(by_factors[i]); };
+    Gradients grads;
+    TF_RETURN_IF_ERROR(grads.Make(ctx, inputs_, *kernels, wanted));
+    std::vector<cpu::Sums> sums(grads.Chunks());
+    grads.ForChunks(
+        ctx, inputs_.lists.size(),
+        [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
+          const DType dtype = FromTensorFlow(inputs_.dtypes[i]);
+          const auto data = [&](int list) {
+            return list < 0 ? nullptr
+                            : Data(values[inputs_.At(list, i)]) +
+                                  begin * kDTypeBytes[dtype];
+          };
+          cpu::Chunk chunk{begin, n, data(HasVar() ? 0 : -1), grad};
+          chunk.accumulator = data(inputs_.accumulator);
+          sums[c] += kernels->gradient[dtype](steps.Of(i, dtype), chunk);
+        });
     bool all_finite = true;
     for (int i = 0; i < inputs_.n; ++i) {
-      const cpu::Sums sum = places.SumOver(i, sums);
+      if (!wanted(i)) {
+        norm->vec<double>()(i) = std::sqrt(by_factors[i]);
+        penalty->vec<double>()(i) = 0;
+        continue;
+      }
+      const cpu::Sums sum = grads.SumOver(i, sums);
       all_finite &= cpu::IsFinite(sum, FromTensorFlow(inputs_.dtypes[i]));
       norm->vec<double>()(i) = std::sqrt(sum.a);
       penalty->vec<double>()(i) =
@@ -86,6 +94,54 @@ class NormsOp : public tensorflow::OpKernel {
     return absl::OkStatus();
   }
 
+  bool HasVar() const { return inputs_.lists[0] == "var"; }
+
+  // The squared norms of factored gradients that have nothing added to them,
+  // from the products of the rows of x and of dz with each other; NaN where
+  // this cannot be, or is more work than to make the gradient.
+  std::vector<double> SquaresByFactors(OpKernelContext* ctx,
+                                       const cpu::Kernels& kernels) const {
+    std::vector<double> squares(inputs_.n, NAN);
+    if (inputs_.accumulator >= 0) return squares;
+    for (int i = 0; i < inputs_.n; ++i) {
+      if (!Gradients::IsFactored(ctx, inputs_, i)) continue;
+      if (HasVar() && (HyperOf(ctx, inputs_, kL1, i) != 0 ||
+                       HyperOf(ctx, inputs_, kL2, i) != 0)) {
+        continue;
+      }
+      const Tensor& x = ctx->input(inputs_.Grad(i));
+      const Tensor& dz = ctx->input(inputs_.factor[i]);
+      const cpu::Factored shape = Gradients::ShapeOf(x, dz);
+      const int64_t width = shape.rows + shape.columns;
+      if (shape.batch * width > shape.rows * shape.columns) continue;
+      const DType dtype = FromTensorFlow(x.dtype());
+      std::vector<cpu::Sums> sums(shape.batch);
+      Share(ctx, shape.batch, shape.batch * shape.batch * width,
+            [&](int64_t k, int64_t end) {
+              for (; k < end; ++k) {
+                sums[k] = (*kernels.factored)[dtype].gram(Data(x), Data(dz),
+                                                          shape, k);
+              }
+            });
+      cpu::Sums sum;
+      for (const cpu::Sums& part : sums) sum += part;
+      const double scale =
+          std::abs(HyperOf(ctx, inputs_, kAccumulationScale, i) *
+                   HyperOf(ctx, inputs_, kGradScale, i));
+      // Where nothing can overflow, all is finite. Otherwise it takes the
+      // elements to tell.
+      if (sum.b * std::max(1.0, scale) < kSafe[dtype]) {
+        squares[i] = std::max(0.0, sum.a) * scale * scale;
+      }
+    }
+    return squares;
+  }
+
+  // Half of what overflows; of a double, what has a square.
+  static constexpr double kSafe[] = {0x1p127, 0x1p500, 0x1p127, 0x1p15};
+  static_assert(k_float32 == 0 && k_float64 == 1 && k_bfloat16 == 2 &&
+                k_float16 == 3);
+
   Inputs inputs_;
 };
 
@@ -94,9 +150,12 @@ const bool registered = [] {
   op.Attr("V: int >= 0");
   op.Attr("A: int >= 0");
   op.Attr("T: list({float, double, bfloat16, half}) >= 1");
+  op.Attr("U: list({float, double, bfloat16, half}) >= 0");
+  op.Attr("factored: list(int) = []");
   op.Input("var: V * resource");
   op.Input("accumulator: A * resource");
   op.Input("grad: T");
+  op.Input("factor: U");
   for (const std::string& hyper : HyperNames(nullptr)) {
     op.Input(absl::StrCat(hyper, ": double"));
   }

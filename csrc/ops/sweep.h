@@ -1,33 +1,20 @@
-// Variables and chunks for the CPU kernels of the ops: lookup, locks, and
-// threads that share the chunks of many variables.
+// Variables and chunks for the CPU kernels of the optimizers' ops.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 
-#include "cpu/dispatch.h"
+#include "cpu/factored.h"
 #include "ops/inputs.h"
-#include "tensorflow/core/framework/op_kernel.h"
+#include "ops/kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
+#include "tensorflow/core/platform/mem.h"
 #include "tensorflow/core/platform/mutex.h"
-#include "tensorflow/core/platform/threadpool.h"
 
 namespace wdops {
 
 using Vars = std::vector<tensorflow::core::RefCountPtr<tensorflow::Var>>;
-
-inline char* Data(const tensorflow::Tensor& tensor) {
-  return static_cast<char*>(tensor.data());
-}
-
-inline absl::Status FindKernels(const cpu::Kernels** kernels) {
-  *kernels = cpu::ActiveKernels();
-  if (*kernels) return absl::OkStatus();
-  return absl::FailedPreconditionError(
-      "no instruction set is in use: import wdops before the op runs");
-}
 
 inline absl::Status Uninitialized(const Inputs& inputs, int input) {
   return absl::InvalidArgumentError(
@@ -90,65 +77,163 @@ class Steps {
   std::vector<AnyStep> steps_;
 };
 
-// The chunks of all variables, one variable behind the other.
-struct Places {
-  std::vector<int64_t> n;      // elements of each variable
-  std::vector<int64_t> first;  // chunk of each variable, then how many in all
-  int64_t bytes = 0;           // of the gradients
-
-  Places(tensorflow::OpKernelContext* ctx, const Inputs& inputs) : first({0}) {
+// The gradients of all variables, one behind the other, in chunks: of kChunk
+// elements, or tiles of a factored gradient.
+class Gradients {
+ public:
+  // `wanted(i)`: whether gradient i has any chunks.
+  template <class Wanted>
+  absl::Status Make(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
+                    const cpu::Kernels& kernels, const Wanted& wanted) {
+    first_ = {0};
     for (int i = 0; i < inputs.n; ++i) {
       const tensorflow::Tensor& grad = ctx->input(inputs.Grad(i));
-      n.push_back(grad.NumElements());
-      first.push_back(first[i] + cpu::Chunks(n[i]));
-      bytes += grad.TotalBytes();
+      One one;
+      one.dtype = FromTensorFlow(grad.dtype());
+      one.n = wanted(i) ? grad.NumElements() : 0;
+      one.data = Data(grad);
+      if (!wanted(i) || !IsFactored(ctx, inputs, i)) {
+        bytes_ += one.n * kDTypeBytes[one.dtype];
+        first_.push_back(first_[i] + cpu::Chunks(one.n));
+        ones_.push_back(std::move(one));
+        continue;
+      }
+      const tensorflow::Tensor& dz = ctx->input(inputs.factor[i]);
+      one.shape = ShapeOf(grad, dz);
+      one.n = one.shape.rows * one.shape.columns;
+      one.kernels = &(*kernels.factored)[one.dtype];
+      TF_RETURN_IF_ERROR(Pack(ctx, one, grad, one.kernels->x_width, &one.x));
+      TF_RETURN_IF_ERROR(Pack(ctx, one, dz, one.kernels->dz_width, &one.dz));
+      bytes_ += one.n * kDTypeBytes[one.dtype];
+      // A core makes about 64 operations a cycle, and moves 8 bytes.
+      product_bytes_ += one.n * one.shape.batch / 4;
+      tile_bytes_ =
+          std::max(tile_bytes_, one.shape.TileRows() * one.shape.TileColumns() *
+                                    kDTypeBytes[one.dtype]);
+      first_.push_back(first_[i] + one.shape.Tiles());
+      ones_.push_back(std::move(one));
     }
+    return absl::OkStatus();
   }
-  int64_t Chunks() const { return first.back(); }
+
+  static bool IsFactored(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
+                         int i) {
+    return inputs.factor[i] >= 0 &&
+           !IsNoFactor(ctx->input(inputs.factor[i]).shape());
+  }
+  static cpu::Factored ShapeOf(const tensorflow::Tensor& x,
+                               const tensorflow::Tensor& dz) {
+    return {x.dim_size(0), x.dim_size(1), dz.dim_size(1)};
+  }
+
+  int64_t Chunks() const { return first_.back(); }
 
   // The sums of variable i, over its chunks in their order.
   cpu::Sums SumOver(int i, const std::vector<cpu::Sums>& of_chunks) const {
     cpu::Sums sums;
-    for (int64_t c = first[i]; c < first[i + 1]; ++c) sums += of_chunks[c];
+    for (int64_t c = first_[i]; c < first_[i + 1]; ++c) sums += of_chunks[c];
     return sums;
   }
-};
 
-// Calls run(variable, chunk, begin, n) for every chunk, in TensorFlow's pool.
-// `chunk` counts over all variables; `begin` and `n` are elements of its own.
-// `passes`: how often as much as the gradients is read or written.
-template <class Run>
-void ForChunks(tensorflow::OpKernelContext* ctx, const Places& places,
-               int passes, const Run& run) {
-  const int64_t chunks = places.Chunks();
-  // A core moves about 8 bytes a cycle, and waking a thread costs as much as
-  // 2^17 cycles of sweeping.
-  auto* pool = ctx->device()->tensorflow_cpu_worker_threads()->workers;
-  const int64_t threads = std::min<int64_t>(
-      {pool->NumThreads(), chunks, 1 + (places.bytes * passes / 8 >> 17)});
-  // Each thread claims a share of what is left: long runs at first, which the
-  // processor prefetches through, and single chunks at the end, so that little
-  // is waited for where one thread is slow.
-  std::atomic<int64_t> claimed{0};
-  const auto work = [&](int64_t, int64_t) {
-    size_t i = 0;
-    int64_t chunk = claimed;
-    while (chunk < chunks) {
-      const int64_t end =
-          chunk + std::max<int64_t>(1, (chunks - chunk) / (2 * threads));
-      if (!claimed.compare_exchange_weak(chunk, end)) continue;
-      for (; chunk < end; ++chunk) {
-        while (chunk >= places.first[i + 1]) ++i;
-        const int64_t begin = (chunk - places.first[i]) * cpu::kChunk;
-        run(i, chunk, begin, std::min(cpu::kChunk, places.n[i] - begin));
-      }
-      chunk = claimed;
-    }
+  // Calls run(variable, chunk, begin, n, grad) for every run of memory in every
+  // chunk, in TensorFlow's pool. `chunk` counts over all variables; `begin` and
+  // `n` are elements of its own, and so is `grad`, where they begin. `passes`:
+  // how often as much as the gradients is read or written.
+  template <class Run>
+  void ForChunks(tensorflow::OpKernelContext* ctx, int passes,
+                 const Run& run) const {
+    Share(ctx, Chunks(), bytes_ * passes + product_bytes_,
+          [&](int64_t chunk, int64_t end) {
+            size_t i = std::upper_bound(first_.begin(), first_.end(), chunk) -
+                       1 - first_.begin();
+            const std::unique_ptr<char, void (*)(void*)> tile(
+                tile_bytes_
+                    ? static_cast<char*>(tensorflow::port::AlignedMalloc(
+                          tile_bytes_, kAlignment))
+                    : nullptr,
+                &tensorflow::port::AlignedFree);
+            for (; chunk < end; ++chunk) {
+              while (chunk >= first_[i + 1]) ++i;
+              const One& one = ones_[i];
+              if (one.kernels) {
+                ForTile(one, chunk - first_[i], tile.get(),
+                        [&](int64_t begin, int64_t n, const char* grad) {
+                          run(i, chunk, begin, n, grad);
+                        });
+                continue;
+              }
+              const int64_t begin = (chunk - first_[i]) * cpu::kChunk;
+              run(i, chunk, begin, std::min(cpu::kChunk, one.n - begin),
+                  one.data + begin * kDTypeBytes[one.dtype]);
+            }
+          });
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+
+  struct One {
+    DType dtype;
+    int64_t n;
+    const char* data;  // of a tensor
+    // Of factors, else null.
+    const cpu::FactoredKernels* kernels = nullptr;
+    cpu::Factored shape;
+    tensorflow::Tensor x, dz;  // packed
   };
-  if (chunks == 0) return;
-  pool->ParallelFor(threads,
-                    tensorflow::thread::ThreadPool::SchedulingParams::Fixed(1),
-                    work);
-}
+
+  static int64_t ComputeBytes(DType dtype) {
+    return dtype == k_float64 ? sizeof(double) : sizeof(float);
+  }
+
+  static absl::Status Pack(tensorflow::OpKernelContext* ctx, const One& one,
+                           const tensorflow::Tensor& factor, int width,
+                           tensorflow::Tensor* packed) {
+    const int64_t batch = factor.dim_size(0), n = factor.dim_size(1);
+    const int64_t panels = cpu::Factored::Ceil(n, width);
+    const int64_t panel_bytes = batch * width * ComputeBytes(one.dtype);
+    TF_RETURN_IF_ERROR(ctx->allocate_temp(
+        tensorflow::DT_UINT8, tensorflow::TensorShape({panels * panel_bytes}),
+        packed));
+    Share(ctx, panels, 2 * panels * panel_bytes,
+          [&](int64_t panel, int64_t end) {
+            for (; panel < end; ++panel) {
+              one.kernels->pack(Data(factor), batch, n, panel, width,
+                                Data(*packed) + panel * panel_bytes);
+            }
+          });
+    return absl::OkStatus();
+  }
+
+  // Calls run(begin, n, grad) for the runs of memory in tile t.
+  template <class Run>
+  static void ForTile(const One& one, int64_t t, char* tile, const Run& run) {
+    const cpu::Factored& shape = one.shape;
+    const int64_t across = shape.TilesAcross();
+    const int64_t row = t / across * shape.TileRows();
+    const int64_t column = t % across * shape.TileColumns();
+    const int64_t rows = std::min(shape.TileRows(), shape.rows - row);
+    const int64_t columns =
+        std::min(shape.TileColumns(), shape.columns - column);
+    const int64_t panel_bytes = shape.batch * ComputeBytes(one.dtype);
+    one.kernels->product(Data(one.x) + row * panel_bytes,
+                         Data(one.dz) + column * panel_bytes, shape.batch, rows,
+                         columns, tile);
+    if (columns == shape.columns) {
+      run(row * columns, rows * columns, tile);
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      run((row + r) * shape.columns + column, columns,
+          tile + r * columns * kDTypeBytes[one.dtype]);
+    }
+  }
+
+  std::vector<One> ones_;
+  std::vector<int64_t> first_;  // chunk of each variable, then how many in all
+  int64_t bytes_ = 0;           // of the gradients
+  int64_t product_bytes_ = 0;   // that are moved in the time of the products
+  int64_t tile_bytes_ = 0;      // of the largest
+};
 
 }  // namespace wdops

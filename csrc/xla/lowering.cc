@@ -100,12 +100,29 @@ class Lowering : public tensorflow::XlaOpKernel {
     if (input < inputs_.Resources()) {
       TF_RETURN_IF_ERROR(ctx->ReadVariableInput(input, stored_dtypes_[input],
                                                 nullptr, &stored));
+    } else if (inputs_.factor[i] >= 0 &&
+               !IsNoFactor(ctx->InputShape(inputs_.factor[i]))) {
+      stored = Product<S>(ctx->Input(input), ctx->Input(inputs_.factor[i]));
     } else {
       stored = ctx->Input(input);
     }
     value->op = xla::ConvertElementType(
         stored, xla::primitive_util::NativeToPrimitiveType<S>());
     return absl::OkStatus();
+  }
+
+  // x^T dz, rounded to the dtype of both. XLA writes it to memory.
+  template <class S>
+  static xla::XlaOp Product(xla::XlaOp x, xla::XlaOp dz) {
+    const auto type = xla::primitive_util::NativeToPrimitiveType<S>();
+    xla::DotDimensionNumbers over_batch;
+    over_batch.add_lhs_contracting_dimensions(0);
+    over_batch.add_rhs_contracting_dimensions(0);
+    const xla::XlaOp product =
+        xla::DotGeneral(xla::ConvertElementType(x, type),
+                        xla::ConvertElementType(dz, type), over_batch);
+    return xla::ConvertElementType(
+        product, x.builder()->GetShapePtr(x).value()->element_type());
   }
 
   Inputs inputs_;
@@ -117,9 +134,9 @@ class Lowering : public tensorflow::XlaOpKernel {
     TF_RETURN_IF_ERROR(CheckHypers(
         inputs_, [&](int input) { return ctx->InputShape(input); }, &scalars_));
     std::vector<std::pair<tensorflow::XlaResource*, int>> resources;
-    std::vector<Spec<TensorShape>> specs(inputs_.Grad(inputs_.n));
+    std::vector<Spec<TensorShape>> specs(inputs_.Hyper(0));
     stored_dtypes_.resize(inputs_.Resources());
-    for (int input = 0; input < inputs_.Grad(inputs_.n); ++input) {
+    for (int input = 0; input < inputs_.Hyper(0); ++input) {
       if (input >= inputs_.Resources()) {
         specs[input] = {ctx->input_type(input), ctx->InputShape(input)};
         continue;

@@ -1,6 +1,7 @@
 """The fused ops, each one op and one pass over memory for a whole list of variables.
 
-`apply_<rule>` is the step of every rule; `norms` and `global_norm` are what clipping needs. The names, arguments and
+`apply_<rule>` is the step of every rule; `norms` and `global_norm` are what clipping needs. All of them take a
+`FactoredGradient` for the gradient of a matrix. The names, arguments and
 defaults are those of `wdops.reference`, which also says what each op computes.
 """
 
@@ -13,6 +14,7 @@ import tensorflow as tf
 
 from wdops import reference
 from wdops._load import native, raw_ops
+from wdops.factored import FactoredGradient
 
 DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
 
@@ -37,6 +39,17 @@ def _gradient(i: int, grad: Any) -> tf.Tensor:
     if grad.dtype not in DTYPES:
         raise ValueError(f"grad[{i}] has dtype {grad.dtype.name}, but must have one of {[d.name for d in DTYPES]}")
     return grad
+
+
+def _gradients(grads: list[Any]) -> dict[str, Any]:
+    """The inputs of an op that are gradients. Of factors, x stands with the gradients and dz behind them."""
+    pairs = {i: (g.x, g.dz) for i, g in enumerate(grads) if isinstance(g, FactoredGradient)}
+    pairs |= {i: g for i, g in enumerate(grads) if isinstance(g, tuple)}
+    return {
+        "grad": [_gradient(i, pairs[i][0] if i in pairs else g) for i, g in enumerate(grads)],
+        "factor": [_gradient(i, pairs[i][1]) for i in pairs],
+        "factored": list(pairs),
+    }
 
 
 def _known_values(value: Any) -> np.ndarray:
@@ -81,7 +94,6 @@ def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[
         report = arguments["report_penalty"]
         if n == 0:
             return tf.zeros(0, tf.float64)
-        grads = [_gradient(i, grad) for i, grad in enumerate(grads)]
         stochastic = arguments["seed"] is not None
         values = {name: arguments[name] for name in hyper_names}
         values |= {} if stochastic else {"seed": 0}
@@ -89,7 +101,7 @@ def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[
         hypers = {name: _hyper(name, value) for name, value in values.items()}
         return op(
             **targets,
-            grad=grads,
+            **_gradients(grads),
             **hypers,
             scaled_proximal=arguments["scaled_proximal"],
             stochastic=stochastic,
@@ -118,14 +130,14 @@ def norms(
     l2: Any = 0.0,
     name: str | None = None,
 ) -> reference.Norms:
-    grads = [_gradient(i, g) for i, g in enumerate(reference.as_list(grad))]
+    grads = reference.as_list(grad)
     targets = _targets({"grad": None, "var": var, "accumulator": accumulator}, len(grads))
     del targets["grad"]
     if not grads:
         return reference.Norms(tf.zeros(0, tf.float64), tf.zeros(0, tf.float64), tf.constant(True))
     hypers = {"grad_scale": grad_scale, "accumulation_scale": accumulation_scale, "l1": l1, "l2": l2}
     values = {n: _hyper(n, x) for n, x in hypers.items()}
-    return reference.Norms(*raw_ops.wdops_norms(**targets, grad=grads, **values, name=name))
+    return reference.Norms(*raw_ops.wdops_norms(**targets, **_gradients(grads), **values, name=name))
 
 
 def global_norm(grad: Any, var: Any = None, **arguments: Any) -> tuple[tf.Tensor, tf.Tensor]:

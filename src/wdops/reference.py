@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from wdops.factored import FactoredGradient
+
 # The hyperparameters of every step; None: decay_lr is lr, and without a seed all rounding is to nearest.
 STEP_DEFAULTS = {
     "grad_scale": 1.0,
@@ -49,7 +51,8 @@ _STEP_DOC = """
       var: the `tf.Variable` or `keras.Variable` to update, of dtype float32, float64, bfloat16 or float16, or a list
         of variables, of mixed dtypes if need be. A list is one op.{slots}
         The slots of a float32 variable may be bfloat16, and those of a bfloat16 or float16 variable float32.
-      grad: the gradient of each variable: a tensor of its shape and dtype.
+      grad: the gradient of each variable: a tensor of its shape and dtype; or of a matrix a `FactoredGradient(x, dz)`,
+        which stands for x^T dz, added up over the batch in its order, and is never formed.
       lr: the learning rate. This and every other hyperparameter is a number, a scalar tensor or variable, or a vector
         with one entry for each variable. It is read when the op runs: a new value never retraces.{hypers}
       grad_scale: multiplies the gradient before all else, to unscale a loss. Default 1.
@@ -750,6 +753,8 @@ def to_float64(x: Any) -> tf.Tensor:
         return tf.stack([to_float64(entry) for entry in x]) if x else tf.zeros(0, tf.float64)
     if isinstance(x, (bool, int, float)):
         return tf.constant(float(x), tf.float64)
+    if isinstance(x, FactoredGradient):
+        x = x.cast(tf.float64).values
     x = tf.convert_to_tensor(x)
     if not (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool):
         raise ValueError(f"{x.dtype.name} is no type of numbers")
@@ -837,7 +842,8 @@ def norms(
     Sums are made in double over a fixed tree: the same bits for every number of threads, and no square overflows.
 
     Args:
-      grad: a tensor of dtype float32, float64, bfloat16 or float16, or a list of them.
+      grad: a tensor of dtype float32, float64, bfloat16 or float16, or a `FactoredGradient`, or a list of them. Without
+        a penalty and an accumulator the norm of factors is |x^T dz|^2 = sum(x x^T * dz dz^T), where that is less work.
       var: the variables of the gradients; without them there is no penalty. Default None.
       accumulator: sums of earlier gradients, like var; they are only read. Default None.
       grad_scale, accumulation_scale, l1, l2: as in `apply_sgd`. Default 1, 1, 0, 0.

@@ -1,0 +1,42 @@
+// Sums that every instruction set makes in the same order.
+#pragma once
+
+#include "cpu/sweep.h"
+
+namespace wdops::cpu {
+namespace {
+
+// Adds up each number of the array term(i) for every i below n in a fixed tree:
+// kLanes sums side by side, so that every vector width gives the same bits, and
+// then their halves.
+constexpr int kLanes = 64;
+
+template <class Term>
+Sums AddUp(int64_t n, const Term& term) {
+  using Terms = decltype(term(0));
+  constexpr int kTerms = std::tuple_size_v<Terms>;
+  double sums[kTerms][kLanes] = {};
+  const auto add = [&](int64_t i, int lane) {
+    const Terms terms = term(i);
+    for (int t = 0; t < kTerms; ++t) sums[t][lane] += terms[t];
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma GCC ivdep
+    for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  }
+  for (int lane = 0; i + lane < n; ++lane) add(i + lane, lane);
+  double total[4] = {};
+  for (int t = 0; t < kTerms; ++t) {
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) {
+        sums[t][lane] += sums[t][lane + half];
+      }
+    }
+    total[t] = sums[t][0];
+  }
+  return {total[0], total[1], total[2], total[3]};
+}
+
+}  // namespace
+}  // namespace wdops::cpu

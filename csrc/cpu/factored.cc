@@ -1,0 +1,148 @@
+// The products of factored gradients: each element is a sum over the batch in
+// its order, and every product is rounded before it is added, so that tiles,
+// threads and instruction sets give the same bits.
+#include "cpu/factored.h"
+
+#include "cpu/add_up.h"
+#include "cpu/float_mode.h"
+
+namespace wdops::cpu {
+namespace {
+
+// The accumulators of a register tile, kHeight rows of kWidth vectors, are half
+// of the vector registers. GCC keeps them there if they are vectors of its own.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kHeight = 4, kWidth = 4;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kHeight = 4, kWidth = 2;
+#else
+constexpr int kVectorBytes = 16, kHeight = 4, kWidth = 2;
+#endif
+
+template <class S>
+struct Register {
+  static constexpr int kLength = kVectorBytes / sizeof(S);
+  static constexpr int kColumns = kWidth * kLength;
+  typedef S Vector
+      __attribute__((vector_size(kVectorBytes), aligned(sizeof(S)), may_alias));
+};
+
+// x [batch, kHeight] and dz [batch, kColumns]: `to`, whose rows are `stride`
+// elements apart, gets x^T dz.
+template <class S>
+void RegisterTile(const S* x, const S* dz, int64_t batch, S* to,
+                  int64_t stride) {
+  using V = typename Register<S>::Vector;
+  constexpr int kLength = Register<S>::kLength;
+  V sums[kHeight][kWidth] = {};
+  for (int64_t k = 0; k < batch; ++k) {
+    V row[kWidth];
+    for (int v = 0; v < kWidth; ++v) {
+      row[v] = *reinterpret_cast<const V*>(dz + v * kLength);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kWidth; ++v) sums[r][v] += x[r] * row[v];
+    }
+    x += kHeight;
+    dz += Register<S>::kColumns;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kWidth; ++v) {
+      *reinterpret_cast<V*>(to + r * stride + v * kLength) = sums[r][v];
+    }
+  }
+}
+
+template <class T>
+void Pack(const void* from, int64_t batch, int64_t n, int64_t panel, int width,
+          void* to) {
+  using S = Compute<T>;
+  const FloatMode mode;
+  const int64_t begin = panel * width;
+  const int filled = std::min<int64_t>(width, n - begin);
+  const T* row = static_cast<const T*>(from) + begin;
+  S* packed = static_cast<S*>(to);
+  for (int64_t k = 0; k < batch; ++k) {
+    for (int i = 0; i < filled; ++i) packed[i] = Load(row[i]);
+    for (int i = filled; i < width; ++i) packed[i] = 0;
+    row += n;
+    packed += width;
+  }
+}
+
+template <class T>
+void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
+             int64_t columns, void* tile) {
+  using S = Compute<T>;
+  constexpr int kColumns = Register<S>::kColumns;
+  const FloatMode mode;
+  T* to = static_cast<T*>(tile);
+  for (int64_t c = 0; c < columns; c += kColumns) {
+    const S* dz_panel = static_cast<const S*>(dz) + c * batch;
+    for (int64_t r = 0; r < rows; r += kHeight) {
+      const S* x_panel = static_cast<const S*>(x) + r * batch;
+      T* corner = to + r * columns + c;
+      if constexpr (std::is_same_v<S, T>) {
+        if (r + kHeight <= rows && c + kColumns <= columns) {
+          RegisterTile(x_panel, dz_panel, batch, corner, columns);
+          continue;
+        }
+      }
+      S whole[kHeight * kColumns];
+      RegisterTile(x_panel, dz_panel, batch, whole, kColumns);
+      const int64_t height = std::min<int64_t>(kHeight, rows - r);
+      const int64_t width = std::min<int64_t>(kColumns, columns - c);
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t j = 0; j < width; ++j) {
+          Store(whole[i * kColumns + j], &corner[i * columns + j]);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+double Dot(const T* a, const T* b, int64_t n) {
+  return AddUp(n,
+               [&](int64_t i) {
+                 const double x = Load(a[i]), y = Load(b[i]);
+                 return std::array{x * y};
+               })
+      .a;
+}
+
+template <class T>
+Sums Gram(const void* x_data, const void* dz_data, const Factored& shape,
+          int64_t k) {
+  const FloatMode mode;
+  const T* x = static_cast<const T*>(x_data);
+  const T* dz = static_cast<const T*>(dz_data);
+  const auto dots = [&](int64_t l) {
+    return std::pair(
+        Dot(x + k * shape.rows, x + l * shape.rows, shape.rows),
+        Dot(dz + k * shape.columns, dz + l * shape.columns, shape.columns));
+  };
+  const auto [x_square, dz_square] = dots(k);
+  Sums sums = {x_square * dz_square,
+               std::sqrt(x_square) * std::sqrt(dz_square)};
+  for (int64_t l = 0; l < k; ++l) {
+    const auto [x_dot, dz_dot] = dots(l);
+    sums.a += 2 * x_dot * dz_dot;
+  }
+  return sums;
+}
+
+}  // namespace
+
+const std::array<FactoredKernels, kDTypeCount> kFactoredKernels = {{
+#define DTYPE(name, Type)                                                   \
+  {kHeight, Register<Compute<Type>>::kColumns, &Pack<Type>, &Product<Type>, \
+   &Gram<Type>},
+#include "rules/dtypes.inc"
+}};
+
+}  // namespace wdops::cpu

@@ -1,0 +1,66 @@
+// Gradients of a matrix that stay factored: x^T dz, with x [batch, rows] and
+// dz [batch, columns], is made tile by tile, and used while a tile is in cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/sweep.h"
+
+namespace wdops::cpu {
+
+struct Factored {
+  int64_t batch, rows, columns;
+
+  // Of a tile, in elements. They depend on the shape alone, and so do sums over
+  // tiles. Tiles are as wide as the matrix where they can be, because then one
+  // is a single run of memory; they have about as many elements as two chunks,
+  // which a usual L2 holds beside what is swept; and a few rows at least, which
+  // share what is read of dz. Other than at the edges, whole panels.
+  static constexpr int64_t kRowStep = 8, kColumnStep = 64;
+  int64_t TileColumns() const {
+    constexpr int64_t kMost = 4096;
+    const int64_t across = std::max<int64_t>(1, (columns + kMost - 1) / kMost);
+    if (across == 1) return columns;
+    return ((columns + across - 1) / across + kColumnStep - 1) / kColumnStep *
+           kColumnStep;
+  }
+  int64_t TileRows() const {
+    const int64_t most = 2 * kChunk / std::max<int64_t>(1, TileColumns());
+    const int64_t least = 2 * kRowStep;
+    return std::max(least, most / kRowStep * kRowStep);
+  }
+  int64_t TilesAcross() const { return Ceil(columns, TileColumns()); }
+  int64_t Tiles() const {
+    if (rows == 0 || columns == 0) return 0;
+    return Ceil(rows, TileRows()) * TilesAcross();
+  }
+
+  static int64_t Ceil(int64_t n, int64_t size) {
+    return size == 0 ? 0 : (n + size - 1) / size;
+  }
+};
+
+// Everything is of one dtype in memory and of its Compute in a pack.
+struct FactoredKernels {
+  // How many columns of x, and of dz, a panel of a pack has. They divide
+  // kRowStep and kColumnStep.
+  int x_width, dz_width;
+  // Panel `panel` of `from` [batch, n]: `to` [batch, width], with zeros behind
+  // n.
+  void (*pack)(const void* from, int64_t batch, int64_t n, int64_t panel,
+               int width, void* to);
+  // Writes a tile [rows, columns] of x^T dz, added up over the batch in its
+  // order. x and dz: the packed panels where the tile begins.
+  void (*product)(const void* x, const void* dz, int64_t batch, int64_t rows,
+                  int64_t columns, void* tile);
+  // a: the part of |x^T dz|^2 = sum over k, l of (x_k.x_l) (dz_k.dz_l) with
+  // l <= k, counted as both halves. b: |x_k| |dz_k|, of which the sum over k
+  // bounds every element of x^T dz and of what it is added up from. x and dz
+  // are as in memory.
+  Sums (*gram)(const void* x, const void* dz, const Factored&, int64_t k);
+};
+
+extern const std::array<FactoredKernels, kDTypeCount> kFactoredKernels;
+
+}  // namespace wdops::cpu

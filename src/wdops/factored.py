@@ -1,0 +1,101 @@
+"""Gradients of a matrix that stay the factors x and dz of x^T dz, and how they are found in what a tape returns."""
+
+from typing import Any
+
+import tensorflow as tf
+
+# Up to so many rows, factors are kept where the step makes their product once, and where it makes it twice: a norm
+# that is taken of each element needs the product before the step does. Beyond, a gradient that is made once, and
+# written, costs less time. Measured in benchmarks/factored.py.
+MOST_ROWS = {1: 512, 2: 64}
+
+
+class FactoredGradient(tf.IndexedSlices):
+    """The gradient x^T dz of a matrix, which `wdops.ops` and the optimizers use without forming it.
+
+    Everyone else sees a `tf.IndexedSlices` of all rows: `tf.convert_to_tensor` and `values` form the gradient.
+
+    Args:
+      x: what the matrix was multiplied by: a tensor [batch, rows].
+      dz: the gradient of that product: a tensor [batch, columns] of the same dtype.
+    """
+
+    def __init__(self, x: tf.Tensor, dz: tf.Tensor) -> None:
+        self.x, self.dz = tf.convert_to_tensor(x), tf.convert_to_tensor(dz)
+
+    @property
+    def values(self) -> tf.Tensor:
+        return tf.matmul(self.x, self.dz, transpose_a=True)
+
+    @property
+    def indices(self) -> tf.Tensor:
+        return tf.range(tf.shape(self.x)[1])
+
+    @property
+    def dense_shape(self) -> tf.Tensor:
+        return tf.stack([tf.shape(self.x)[1], tf.shape(self.dz)[1]])
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        return self.x.shape[1:].concatenate(self.dz.shape[1:])
+
+    @property
+    def dtype(self) -> tf.DType:
+        return self.x.dtype
+
+    @property
+    def device(self) -> str:
+        return self.dz.device
+
+    @property
+    def name(self) -> str:
+        return "factored_gradient"
+
+    def __str__(self) -> str:
+        return f"FactoredGradient(x={self.x}, dz={self.dz})"
+
+    __repr__ = __str__
+
+    def numpy(self) -> Any:
+        return self.values.numpy()
+
+    def cast(self, dtype: tf.DType) -> "FactoredGradient":
+        """The same in another dtype: the factors are cast, and so the product is rounded once."""
+        return FactoredGradient(tf.cast(self.x, dtype), tf.cast(self.dz, dtype))
+
+
+def factors_of(grad: Any) -> FactoredGradient | None:
+    """The factors of a gradient that a matrix product made, or a sum of several; None: it has none.
+
+    In a graph they are found behind the gradient's tensor: the product itself is not run unless something else asks
+    for it. An eager tensor is there already, so that `wdops.layers.Dense` hands over a FactoredGradient.
+    """
+    if isinstance(grad, FactoredGradient):
+        return grad
+    if not tf.is_tensor(grad) or not hasattr(grad, "graph") or grad.shape.rank != 2:
+        return None
+    op = grad.op
+    if op.type == "MatMul" and op.get_attr("transpose_a") and not op.get_attr("transpose_b"):
+        return FactoredGradient(*op.inputs)
+    if op.type in ("Identity", "Cast"):
+        found = factors_of(op.inputs[0])
+        return found and found.cast(grad.dtype)
+    if op.type in ("AddN", "AddV2"):
+        parts = [factors_of(x) for x in op.inputs]
+        if all(parts):
+            return FactoredGradient(*(tf.concat([getattr(p, n) for p in parts], 0) for n in ("x", "dz")))
+    return None
+
+
+def worthwhile(grad: FactoredGradient, products: int) -> FactoredGradient | tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
+    """`grad`, or the tensor that it is the factors of, whichever a step with so many products uses in less time.
+
+    Where the number of rows is known when the step runs, it is a pair for `wdops.ops`: the factors, or the tensor and
+    an empty vector.
+    """
+    most = MOST_ROWS[products]
+    rows = grad.x.shape[0]
+    if rows is not None:
+        return grad if rows <= most else grad.values
+    pair = tf.cond(tf.shape(grad.x)[0] <= most, lambda: (grad.x, grad.dz), lambda: (grad.values, tf.zeros(0, grad.dtype)))
+    return pair
