@@ -27,14 +27,23 @@ struct Register {
       __attribute__((vector_size(kVectorBytes), aligned(sizeof(S)), may_alias));
 };
 
-// x [batch, kHeight] and dz [batch, kColumns]: `to`, whose rows are `stride`
-// elements apart, gets x^T dz.
+// x [batch, kHeight] and dz [batch, kColumns]: x^T dz goes to `to`, whose rows
+// are `stride` elements apart, or is added to it.
 template <class S>
-void RegisterTile(const S* x, const S* dz, int64_t batch, S* to,
+void RegisterTile(const S* x, const S* dz, int64_t batch, bool add, S* to,
                   int64_t stride) {
   using V = typename Register<S>::Vector;
   constexpr int kLength = Register<S>::kLength;
   V sums[kHeight][kWidth] = {};
+  if (add) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kWidth; ++v) {
+        sums[r][v] = *reinterpret_cast<const V*>(to + r * stride + v * kLength);
+      }
+    }
+  }
   for (int64_t k = 0; k < batch; ++k) {
     V row[kWidth];
     for (int v = 0; v < kWidth; ++v) {
@@ -79,26 +88,32 @@ void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
              int64_t columns, void* tile) {
   using S = Compute<T>;
   constexpr int kColumns = Register<S>::kColumns;
+  // So much of a panel of dz stays in L1 while all rows pass it.
+  constexpr int64_t kBatch = 128;
   const FloatMode mode;
   T* to = static_cast<T*>(tile);
   for (int64_t c = 0; c < columns; c += kColumns) {
     const S* dz_panel = static_cast<const S*>(dz) + c * batch;
-    for (int64_t r = 0; r < rows; r += kHeight) {
-      const S* x_panel = static_cast<const S*>(x) + r * batch;
-      T* corner = to + r * columns + c;
-      if constexpr (std::is_same_v<S, T>) {
-        if (r + kHeight <= rows && c + kColumns <= columns) {
-          RegisterTile(x_panel, dz_panel, batch, corner, columns);
-          continue;
+    const bool wide = std::is_same_v<S, T> && c + kColumns <= columns;
+    const int64_t whole_rows = wide ? rows / kHeight * kHeight : 0;
+    if constexpr (std::is_same_v<S, T>) {
+      for (int64_t k = 0; k == 0 || k < batch; k += kBatch) {
+        for (int64_t r = 0; r < whole_rows; r += kHeight) {
+          RegisterTile(static_cast<const S*>(x) + r * batch + k * kHeight,
+                       dz_panel + k * kColumns, std::min(kBatch, batch - k),
+                       k > 0, to + r * columns + c, columns);
         }
       }
-      S whole[kHeight * kColumns];
-      RegisterTile(x_panel, dz_panel, batch, whole, kColumns);
+    }
+    for (int64_t r = whole_rows; r < rows; r += kHeight) {
+      S part[kHeight * kColumns];
+      RegisterTile(static_cast<const S*>(x) + r * batch, dz_panel, batch, false,
+                   part, kColumns);
       const int64_t height = std::min<int64_t>(kHeight, rows - r);
       const int64_t width = std::min<int64_t>(kColumns, columns - c);
       for (int64_t i = 0; i < height; ++i) {
         for (int64_t j = 0; j < width; ++j) {
-          Store(whole[i * kColumns + j], &corner[i * columns + j]);
+          Store(part[i * kColumns + j], &to[(r + i) * columns + c + j]);
         }
       }
     }
