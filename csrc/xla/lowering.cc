@@ -348,10 +348,22 @@ class NormsXla : public Lowering {
   }
 };
 
+// Under XLA, which forms the gradient in any case, the factors go through.
+class FactoredGradientXla : public tensorflow::XlaOpKernel {
+ public:
+  using XlaOpKernel::XlaOpKernel;
+
+  void Compile(XlaOpKernelContext* ctx) override {
+    ctx->SetOutput(0, ctx->Input(0));
+    ctx->SetOutput(1, ctx->Input(1));
+  }
+};
+
 #define RULE(name, Class) \
   REGISTER_XLA_OP(Name("Wdops>Apply" #Class), ApplyXla<Class>);
 #include "rules/rules.inc"
 REGISTER_XLA_OP(Name("Wdops>Norms"), NormsXla);
+REGISTER_XLA_OP(Name("Wdops>FactoredGradient"), FactoredGradientXla);
 
 }  // namespace
 }  // namespace wdops

@@ -4,6 +4,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from wdops._load import raw_ops
+
 # Up to so many rows, factors are kept where the step makes their product once, and where it makes it twice: a norm
 # that is taken of each element needs the product before the step does. Beyond, a gradient that is made once, and
 # written, costs less time. Measured in benchmarks/factored.py.
@@ -90,12 +92,11 @@ def factors_of(grad: Any) -> FactoredGradient | None:
 def worthwhile(grad: FactoredGradient, products: int) -> FactoredGradient | tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
     """`grad`, or the tensor that it is the factors of, whichever a step with so many products uses in less time.
 
-    Where the number of rows is known when the step runs, it is a pair for `wdops.ops`: the factors, or the tensor and
-    an empty vector.
+    Where the number of rows is only known when the step runs, it is a pair of tensors for `wdops.ops`: the factors, or
+    the tensor and an empty vector.
     """
-    most = MOST_ROWS[products]
+    most = MOST_ROWS[min(products, 2)]
     rows = grad.x.shape[0]
-    if rows is not None:
-        return grad if rows <= most else grad.values
-    pair = tf.cond(tf.shape(grad.x)[0] <= most, lambda: (grad.x, grad.dz), lambda: (grad.values, tf.zeros(0, grad.dtype)))
-    return pair
+    if rows is None:
+        return tuple(raw_ops.wdops_factored_gradient(x=grad.x, dz=grad.dz, most_rows=most))
+    return grad if rows <= most else grad.values

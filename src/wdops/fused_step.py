@@ -14,7 +14,7 @@ import rich.console
 import rich.table
 import tensorflow as tf
 
-from wdops import groups, hyperparameters, ops, reference
+from wdops import factored, groups, hyperparameters, ops, reference
 
 COEFFICIENTS = ("l1", "l2", "proximal_l1", "proximal_l2")
 OPTIONS: dict[str, Any] = dict.fromkeys(COEFFICIENTS, 0.0) | {
@@ -57,7 +57,8 @@ def checked(name: str, value: Any) -> Any:
 
 def is_keras_business(grad: Any, variable: Any) -> bool:
     """Whether Keras's own code steps this variable: its gradient is sparse, or its dtype is not that of a kernel."""
-    return isinstance(grad, tf.IndexedSlices) or tf.as_dtype(variable.dtype) not in ops.DTYPES
+    sparse = isinstance(grad, tf.IndexedSlices) and not isinstance(grad, factored.FactoredGradient)
+    return sparse or tf.as_dtype(variable.dtype) not in ops.DTYPES
 
 
 class _Own:
@@ -70,10 +71,12 @@ class _Own:
         self.swapped: set[str] = set()  # hyperparameters that change, and are numbers for the moment
         self.traced = False
         self.penalties: Any = None  # wdops.regularizers.Penalties
+        self.factored: set[str] = set()  # variables whose gradients are to stay factored
         self.base_lr: float | None = None
         self.step_applied: keras.Variable | None = None
         self.slot_dtype: str | None = None  # of the variable that is being added
         self.arguments: set[str] = set()  # of the constructor
+        self.warned: set[str] = set()  # variables whose gradients were not factored
 
 
 @dataclass
@@ -82,7 +85,7 @@ class _Batch:
 
     index: list[int]  # in the order of the optimizer
     variables: list[Any]
-    grads: list[tf.Tensor]
+    grads: list[Any]  # as wdops.ops takes them
 
 
 class FusedStep(keras.optimizers.Optimizer):
@@ -300,6 +303,38 @@ class FusedStep(keras.optimizers.Optimizer):
     def _use_weight_decay(self, variable: Any) -> bool:
         return self._choice(variable).multipliers["weight_decay"] != 0
 
+    def factor_gradients(self, model: Any) -> list[str]:
+        """Never forms the gradients of the kernels of a model's `Dense` layers: the step takes their factors.
+
+        With x and dz the input and the gradient behind the product of a layer, the gradient of its kernel is x^T dz. The
+        step makes it tile by tile while a tile is in cache, so that it is neither written nor read: 4 bytes a parameter
+        less memory in float32. A layer that is used more than once adds its factors along the batch. Where the factors
+        have too many rows to be worth it (`wdops.factored.MOST_ROWS`), and in layers that are not `Dense`, the gradient
+        is formed as before. So it is under `jit_compile=True`, where the update is XLA's, in a distribution strategy,
+        and, outside a `tf.function`, of layers other than `wdops.layers.Dense`.
+
+        A tape that is asked for such a gradient gives it whole, as ever, and what is computed from it is right. But a
+        gradient that was changed or added to before the step is no product any more, and is formed; a warning says so.
+        Not saved with the optimizer; `wdops.layers.Dense(..., factored_gradient=True)` is saved with the model.
+
+        Args:
+          model: a built model or layer.
+
+        Returns:
+          The paths of the kernels.
+
+        Raises:
+          ValueError: a layer is not built.
+        """
+        kernels = []
+        for layer in model._flatten_layers():
+            if not layer.built:
+                raise ValueError(f"the layer {layer.name} is not built: call the model once, or give it an Input")
+            if isinstance(layer, keras.layers.Dense):
+                kernels.append(layer._kernel)
+        self._own.factored |= {self._var_key(kernel) for kernel in kernels}
+        return [kernel.path for kernel in kernels]
+
     def decay_report(self, print_fn: Callable[[str], None] = print) -> None:
         """Prints a table: of every variable its shape, the multiplier of its learning rate, all its decays, and why.
 
@@ -435,6 +470,7 @@ class FusedStep(keras.optimizers.Optimizer):
             if g is not None
         )
         if not whole:
+            grads = [g.values if isinstance(g, factored.FactoredGradient) else g for g in grads]
             return self._step_by_keras(grads, variables, loss_scale, skip_nonfinite)
         grads, variables = self._filter_empty_gradients(grads, variables)
         with keras.name_scope(self.name):
@@ -444,9 +480,28 @@ class FusedStep(keras.optimizers.Optimizer):
         if grad is None:
             # What a regularizer in the loss gives a variable that nothing else in it depends on.
             return tf.zeros_like(variable) if self._get_variable_index(variable) in self._own.folded else None
+        if self._var_key(variable) in self._own.factored or getattr(variable, "factored_gradient", False):
+            found = factored.factors_of(grad)
+            if found is not None:
+                return found
+            self._warn_of_whole(variable)
+        if isinstance(grad, factored.FactoredGradient):
+            return grad
         # Keras's code for sparse gradients asks hyperparameters for their value while it is traced.
         sparse = isinstance(grad, tf.IndexedSlices) and not self._changing()
         return grad if sparse else tf.convert_to_tensor(grad)
+
+    def _warn_of_whole(self, variable: Any) -> None:
+        key = self._var_key(variable)
+        if key not in self._own.warned:
+            self._own.warned.add(key)
+            warnings.warn(
+                f"the gradient of {groups.path_of(variable)} is not factored: it reached the optimizer as something "
+                "else than the product of its layer. Fold its regularizer (wdops.fold_regularizers), clip and scale "
+                "through the optimizer's arguments, and call the tape and the optimizer in the tf.function that calls "
+                "the model; without a tf.function, only wdops.layers.Dense hands over factors",
+                stacklevel=4,
+            )
 
     @property
     def _is_whole(self) -> bool:
@@ -463,20 +518,24 @@ class FusedStep(keras.optimizers.Optimizer):
         averaged = self.use_ema and self.ema_overwrite_frequency
         return bool(self.gradient_accumulation_steps and (averaged or constrained))
 
-    def _batches(self, grads: list[tf.Tensor], variables: list[Any]) -> list[_Batch]:
+    def _batches(self, grads: list[Any], variables: list[Any], products: int = 1) -> list[_Batch]:
+        """`products`: how often the step makes a factored gradient."""
         batches: dict[str, _Batch] = {}
         for grad, variable in zip(grads, variables, strict=True):
             variable = variable.value if isinstance(variable, keras.Variable) else variable
             batch = batches.setdefault(variable.device, _Batch([], [], []))
             batch.index.append(self._get_variable_index(variable))
             batch.variables.append(variable)
-            batch.grads.append(tf.cast(grad, variable.dtype))
+            if isinstance(grad, factored.FactoredGradient):
+                batch.grads.append(factored.worthwhile(grad.cast(variable.dtype), products))
+            else:
+                batch.grads.append(tf.cast(grad, variable.dtype))
         return list(batches.values())
 
     def _whole_step(
-        self, grads: list[tf.Tensor], variables: list[Any], loss_scale: Any, skip_nonfinite: bool
+        self, grads: list[Any], variables: list[Any], loss_scale: Any, skip_nonfinite: bool
     ) -> tf.Tensor:
-        batches = self._batches(grads, variables)
+        batches = self._batches(grads, variables, self._products(variables, skip_nonfinite))
         scale = {} if loss_scale is None else {"grad_scale": 1 / reference.to_float64(loss_scale)}
 
         def guarded(
@@ -516,6 +575,13 @@ class FusedStep(keras.optimizers.Optimizer):
         if skip_nonfinite:
             self._own.step_applied.assign(applied)
         return applied
+
+    def _products(self, variables: list[Any], skip_nonfinite: bool) -> int:
+        """How often a step needs every element of a gradient."""
+        measured = skip_nonfinite or self._clips("clipnorm", "global_clipnorm")
+        index = [self._get_variable_index(v) for v in variables]
+        by_element = bool(self.gradient_accumulation_steps) or self._penalizes(index)
+        return 1 + (measured and by_element) + ("lamb" in self._RULES)
 
     def _gradient_hypers(self, batch: _Batch, scale: dict[str, Any]) -> dict[str, Any]:
         """What makes the gradient with its penalty: the arguments that the norms and the step share."""
