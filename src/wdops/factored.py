@@ -37,6 +37,9 @@ class FactoredGradient(tf.IndexedSlices):
     def dense_shape(self) -> tf.Tensor:
         return tf.stack([tf.shape(self.x)[1], tf.shape(self.dz)[1]])
 
+    # The names by which TensorFlow itself reads them.
+    _values, _indices, _dense_shape = values, indices, dense_shape
+
     @property
     def shape(self) -> tf.TensorShape:
         return self.x.shape[1:].concatenate(self.dz.shape[1:])
@@ -81,10 +84,10 @@ def factors_of(grad: Any) -> FactoredGradient | None:
         return FactoredGradient(*op.inputs)
     if op.type in ("Identity", "Cast"):
         found = factors_of(op.inputs[0])
-        return found and found.cast(grad.dtype)
+        return None if found is None else found.cast(grad.dtype)
     if op.type in ("AddN", "AddV2"):
         parts = [factors_of(x) for x in op.inputs]
-        if all(parts):
+        if all(part is not None for part in parts):
             return FactoredGradient(*(tf.concat([getattr(p, n) for p in parts], 0) for n in ("x", "dz")))
     return None
 

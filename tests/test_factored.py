@@ -1,0 +1,487 @@
+"""Factored gradients: the same step as with x^T dz, exact norms, and the way from a layer to the step."""
+
+import subprocess
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import DTYPES, TERMS, assert_within, names_of, oracle, own_hypers, random_case
+from test_ops import MODES, apply
+
+import wdops
+from wdops import reference
+from wdops.factored import MOST_ROWS, FactoredGradient
+
+# (batch, rows, columns): each width of a register, panel and tile, and one less and more; several tiles down and
+# across; nothing.
+SHAPES = [
+    *[(n, n, n) for n in (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)],
+    (3, 700, 100), (2, 3, 4097), (2, 33, 9001), (300, 5, 70), (129, 9, 65), (5, 40000, 1), (1, 1, 20000),
+    (0, 3, 4), (4, 0, 5), (4, 5, 0),
+]  # fmt: skip
+
+
+def ids(shape):
+    return "x".join(map(str, shape))
+
+
+def factors(dtype, batch, rows, columns, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(batch, n)).astype(DTYPES[dtype]) for n in (rows, columns)]
+
+
+def product(x, dz):
+    """x^T dz as it is promised: in float32, or float64, added up over the batch in its order, then stored."""
+    compute = np.float64 if x.dtype == np.float64 else np.float32
+    total = np.zeros((x.shape[1], dz.shape[1]), compute)
+    for of_x, of_dz in zip(x.astype(compute), dz.astype(compute), strict=True):
+        total += of_x[:, None] * of_dz
+    return total.astype(x.dtype)
+
+
+def stepped(rule, arrays, grad, **hypers):
+    variables = [[tf.Variable(a)] for a in arrays]
+    penalty = apply(rule, variables, [grad], report_penalty=True, **hypers)
+    return [v.numpy() for (v,) in variables], penalty.numpy()
+
+
+# --- the ops -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_the_same_bits_as_the_product(isa, dtype, shape):
+    x, dz = factors(dtype, *shape)
+    arrays = [a.reshape(shape[1:]) for a in random_case("adam", dtype, shape[1] * shape[2])[:-1]]
+    hypers = own_hypers("adam") | TERMS
+    got, penalty = stepped("adam", arrays, FactoredGradient(x, dz), **hypers)
+    want, of_product = stepped("adam", arrays, product(x, dz), **hypers)
+    for name, g, w in zip(names_of("adam"), got, want, strict=True):
+        assert g.tobytes() == w.tobytes(), name
+    np.testing.assert_allclose(penalty, of_product, rtol=1e-12)  # added up in other chunks
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", reference.RULES)
+def test_every_rule_matches_the_oracle(rule, mode):
+    shapes = [(5, 33, 70), (0, 3, 4), (3, 2, 4100)]
+    hypers = own_hypers(rule) | TERMS
+    cases = [
+        [a.reshape(s[1:]) for a in random_case(rule, "float32", s[1] * s[2], seed=i)] for i, s in enumerate(shapes)
+    ]
+    pairs = [factors("float32", *s, seed=i) for i, s in enumerate(shapes)]
+    variables = [[tf.Variable(c[k]) for c in cases] for k in range(len(cases[0]) - 1)]
+    # Between them a gradient that is a tensor.
+    dense = cases[1][-1]
+    grads = [FactoredGradient(*pairs[0]), tf.constant(dense), FactoredGradient(*pairs[2])]
+    MODES[mode](lambda: apply(rule, variables, grads, **hypers))()
+    for i, (param, *slots, _) in enumerate(cases):
+        grad = dense if i == 1 else product(*pairs[i])
+        want, bound = oracle(rule, param, slots, grad, hypers)
+        for name, list_, w, b in zip(names_of(rule), variables, want, bound, strict=True):
+            # XLA may contract a product and a sum, and add up in another order, which a rule may magnify.
+            slack = 1 if mode != "jit" else 1.5 + 8 * len(pairs[i][0])
+            assert_within(list_[i].numpy(), w, b * slack, f"{name}[{i}]")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulator_and_average_belong_to_the_step(isa, dtype):
+    x, dz = factors(dtype, 5, 40, 600)
+    param, m, v, _ = (a.reshape(40, 600) for a in random_case("adam", dtype, 24000))
+    results = []
+    for grad in (FactoredGradient(x, dz), product(x, dz)):
+        p, m_, v_, accumulator, average = (tf.Variable(a) for a in (param, m, v, m, param))
+        wdops.ops.apply_adam(
+            p, m_, v_, grad, accumulator=accumulator, average=average, **own_hypers("adam"), **TERMS, seed=7
+        )
+        results.append([a.numpy().tobytes() for a in (p, m_, v_, accumulator, average)])
+    assert results[0] == results[1]
+
+
+_PRINT_HASH = """
+import hashlib, sys
+import numpy as np, tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+import wdops
+from wdops.factored import FactoredGradient
+rng = np.random.default_rng(0)
+digest = hashlib.sha256()
+for batch, rows, columns in [(33, 1000, 300), (9, 50, 9000), (300, 64, 64)]:
+    x, dz = (tf.constant(rng.normal(size=(batch, n)), tf.float32) for n in (rows, columns))
+    p = tf.Variable(rng.normal(size=(rows, columns)), dtype=tf.float32)
+    m = tf.Variable(tf.zeros_like(p))
+    for penalized in ({}, {"var": p, "l2": 0.1}):
+        for x_ in wdops.ops.norms(FactoredGradient(x, dz), **penalized):
+            digest.update(x_.numpy().tobytes())
+    penalty = wdops.ops.apply_momentum(p, m, FactoredGradient(x, dz), lr=0.1, momentum=0.9, l2=0.1, report_penalty=True)
+    for x_ in (p, m, penalty):
+        digest.update(x_.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_the_same_bits_for_every_number_of_threads():
+    hashes = [
+        subprocess.run([sys.executable, "-c", _PRINT_HASH, str(n)], check=True, capture_output=True, text=True).stdout
+        for n in (1, 2, 7)
+    ]
+    assert len(hashes[0]) == 65
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+# --- norms -------------------------------------------------------------------------------------------------------
+
+
+# By the factors where nothing is added and the batch is thin; by the elements elsewhere.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+@pytest.mark.parametrize("penalized", [False, True], ids=["alone", "penalized"])
+def test_norms_match_the_oracle(isa, dtype, shape, penalized):
+    x, dz = factors(dtype, *shape)
+    var = {"var": tf.Variable(random_case("sgd", dtype, shape[1] * shape[2])[0].reshape(shape[1:]))}
+    more = {"l1": 0.3, "l2": 0.2, **var} if penalized else {}
+    got = wdops.ops.norms(FactoredGradient(x, dz), grad_scale=0.5, **more)
+    want = reference.norms(FactoredGradient(x, dz), grad_scale=0.5, **more)
+    # What is added up is rounded once for each row of the batch, and by its storing in 16 bits.
+    rounding = {"float32": 2.0**-24, "float64": 2.0**-53, "bfloat16": 2.0**-9, "float16": 2.0**-11}[dtype]
+    np.testing.assert_allclose(got.norm, want.norm, rtol=rounding * (2 + shape[0]) + 1e-14)
+    np.testing.assert_allclose(got.penalty, want.penalty, rtol=1e-6)
+    assert got.finite.numpy()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_norms_with_an_accumulator(mode):
+    x, dz = factors("float32", 5, 33, 70)
+    accumulator = tf.Variable(random_case("sgd", "float32", 33 * 70)[0].reshape(33, 70))
+    hypers = {"accumulator": accumulator, "accumulation_scale": 0.25, "grad_scale": 3.0}
+    got = MODES[mode](lambda: wdops.ops.norms([FactoredGradient(x, dz)], **hypers))()
+    want = reference.norms([FactoredGradient(x, dz)], **hypers)
+    np.testing.assert_allclose(got.norm, want.norm, rtol=1e-6)
+
+
+def test_a_norm_that_cancels_is_exact():
+    """Two rows that all but cancel: the sum over pairs of rows is then far smaller than its terms."""
+    x, dz = factors("float32", 2, 60, 60)
+    x[1], dz[1] = x[0], -dz[0] * np.float32(1 + 2**-12)
+    want = np.linalg.norm(x[0].astype(np.float64)) * np.linalg.norm(dz[0].astype(np.float64) + dz[1])
+    np.testing.assert_allclose(wdops.ops.norms(FactoredGradient(x, dz)).norm.numpy(), [want], rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "finite"),
+    [
+        ("float32", np.nan, False), ("float32", np.inf, False), ("float32", 1e30, False), ("float32", 1e18, True),
+        ("float64", np.nan, False), ("float64", 1e200, False), ("float64", 1e100, True), ("float16", 300, False),
+        ("float16", 100, True), ("bfloat16", np.inf, False), ("bfloat16", 1e30, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("penalized", [False, True], ids=["alone", "penalized"])
+def test_finite_says_what_the_elements_are(isa, dtype, value, finite, penalized):
+    """Factors that are finite may have a product that is not."""
+    x, dz = factors(dtype, 3, 40, 50)
+    x[1, 7] = dz[1, 9] = value
+    with np.errstate(all="ignore"):
+        assert np.isfinite(product(x, dz).astype(np.float64)).all() == finite
+    more = {"var": tf.Variable(np.ones((40, 50), DTYPES[dtype])), "l2": 0.1} if penalized else {}
+    assert wdops.ops.norms(FactoredGradient(x, dz), **more).finite.numpy() == finite
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "dz", "message"),
+    [
+        (np.ones((2, 3), "f4"), np.ones((3, 4), "f4"), r"grad\[0\].*\[2,3\].*\[3,4\].*batch"),
+        (np.ones((2, 5), "f4"), np.ones((2, 4), "f4"), r"grad\[0\].*\[2,5\].*var\[0\].*\[3,4\]"),
+        (np.ones((2, 3), "f4"), np.ones((2, 5), "f4"), r"grad\[0\].*\[2,5\].*var\[0\].*\[3,4\]"),
+        (np.ones((2, 2, 3), "f4"), np.ones((2, 4), "f4"), r"grad\[0\].*\[2,2,3\]"),
+        (np.ones((2, 3), "f4"), np.ones((2, 4), "f8"), r"grad\[0\].*dz has dtype double"),
+        (np.ones((2, 3), "f8"), np.ones((2, 4), "f8"), r"grad\[0\] has dtype double"),
+        (np.ones((2, 3), "f4"), np.ones(4, "f4"), r"grad\[0\]"),
+    ],
+    ids=["batch", "rows", "columns", "rank", "dz dtype", "dtype", "vector"],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_factors_that_do_not_fit_are_refused(mode, x, dz, message):
+    p, m = tf.Variable(tf.ones([3, 4])), tf.Variable(tf.ones([3, 4]))
+
+    def step():
+        wdops.ops.apply_momentum(p, m, FactoredGradient(x, dz), lr=0.1, momentum=0.5)
+
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=message):
+        MODES[mode](step)()
+    assert (p.numpy() == 1).all() and (m.numpy() == 1).all()
+
+
+# --- from a layer to the step --------------------------------------------------------------------------------------
+
+
+def network(dims=1, shared=False, l2=1e-3, dtype=None):
+    keras.utils.set_random_seed(1)
+    regularizer = keras.regularizers.L2(l2) if l2 else None
+    inputs = keras.Input((3,) * (dims - 1) + (24,))
+    layer = keras.layers.Dense(24, activation="elu", kernel_regularizer=regularizer, dtype=dtype, name="first")
+    x = layer(inputs)
+    if shared:
+        x = layer(x)
+    return keras.Model(inputs, keras.layers.Dense(4, kernel_regularizer=regularizer, dtype=dtype, name="last")(x))
+
+
+def data(samples, dims=1):
+    rng = np.random.default_rng(0)
+    between = (3,) * (dims - 1)
+    x, y = (rng.normal(size=(samples, *between, n)) for n in (24, 4))
+    return x.astype("float32"), y.astype("float32")
+
+
+def formed_products(function):
+    """How many gradients of matrices run in a graph: what has an effect is reached from them."""
+    ops = function.graph.get_operations()
+    products = [op for op in ops if op.type == "MatMul" and op.get_attr("transpose_a")]
+    assert products
+    wanted = [op for op in ops if op.op_def.is_stateful] + [x.op for x in function.outputs]
+    reached = {op.name for op in wanted}
+    while wanted:
+        op = wanted.pop()
+        before = [x.op for x in op.inputs] + list(op.control_inputs)
+        wanted += [o for o in before if o.name not in reached]
+        reached |= {o.name for o in before}
+    return sum(op.name in reached for op in products)
+
+
+def train(optimizer, factored, steps, batch, mode="graph", **network_options):
+    """Trains, and returns the weights and how many of the gradients are formed."""
+    model = network(**network_options)
+    optimizer.build(model.trainable_variables)
+    if network_options.get("l2", True):
+        wdops.fold_regularizers(model, optimizer)
+    if factored:
+        assert optimizer.factor_gradients(model) == ["first/kernel", "last/kernel"]
+    x, y = data(batch, network_options.get("dims", 1))
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((tf.cast(model(x, training=True), tf.float32) - y) ** 2)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+    step = MODES[mode](step)
+    for _ in range(steps):
+        step(x, y)
+    formed = formed_products(step.get_concrete_function(x, y)) if mode == "graph" else None
+    return [v.numpy() for v in model.trainable_variables], formed
+
+
+OPTIMIZERS = {
+    "clipped momentum": lambda: wdops.optimizers.SGD(0.05, momentum=0.9, global_clipnorm=0.1),
+    "adam": lambda: wdops.optimizers.Adam(1e-2),
+    "adamw, each clipped": lambda: wdops.optimizers.AdamW(1e-2, weight_decay=0.1, clipnorm=0.05),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*both a regularizer")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("batch", [1, 7, 64, 512])
+def test_training_is_that_with_plain_gradients(optimizer, batch):
+    got, formed = train(OPTIMIZERS[optimizer](), True, 50, batch)
+    want, all_formed = train(OPTIMIZERS[optimizer](), False, 50, batch)
+    clips = "clip" in optimizer
+    assert (formed, all_formed) == (2 if clips and batch > MOST_ROWS[2] else 0, 2)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=2e-5 * np.abs(w).max())
+
+
+VARIANTS = {
+    "shared layer": ({"shared": True}, {}),
+    "rank 3": ({"dims": 2}, {}),
+    "rank 4": ({"dims": 3}, {}),
+    "bfloat16 compute": ({"dtype": "mixed_bfloat16"}, {}),
+    "no penalty, clipped": ({"l2": 0}, {"global_clipnorm": 0.01}),
+    "averaged": ({}, {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3}),
+    "accumulated": ({}, {"gradient_accumulation_steps": 3, "global_clipnorm": 0.05}),
+    "skipping": ({}, {"skip_nonfinite": True}),
+    "all": (
+        {"shared": True, "dims": 2},
+        {"gradient_accumulation_steps": 2, "clipvalue": 0.01, "skip_nonfinite": True, "use_ema": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_stands_around_the_step(variant):
+    options, arguments = VARIANTS[variant]
+    make = lambda: wdops.optimizers.SGD(0.05, momentum=0.9, proximal_l1=1e-3, **arguments)  # noqa: E731
+    got, formed = train(make(), True, 6, 7, **options)
+    want, _ = train(make(), False, 6, 7, **options)
+    assert formed == 0
+    # The plain gradient of bfloat16 factors is itself rounded to bfloat16.
+    tolerance = 2.0**-8 if "dtype" in options else 1e-5
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * np.abs(w).max())
+
+
+def test_lamb_forms_a_gradient_that_it_needs_twice_of_a_large_batch():
+    make = lambda: wdops.optimizers.Lamb(1e-2)  # noqa: E731
+    for batch, formed in ((MOST_ROWS[2], 0), (MOST_ROWS[2] + 1, 2)):
+        got, found = train(make(), True, 3, batch)
+        want, _ = train(make(), False, 3, batch)
+        assert found == formed
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_fit_with_batches_of_a_size_that_is_known_late(jit):
+    """Of 130 samples in batches of 100 the first is beyond the rows that are worth it, the second is not."""
+    weights = []
+    for factored in (False, True):
+        model = network()
+        optimizer = wdops.optimizers.AdamW(1e-2, weight_decay=0.0, global_clipnorm=0.05)
+        model.compile(optimizer, loss="mse", jit_compile=jit)
+        wdops.fold_regularizers(model, optimizer)
+        if factored:
+            optimizer.factor_gradients(model)
+        model.fit(*data(130), batch_size=100, epochs=3, verbose=0, shuffle=False)
+        weights.append(model.get_weights())
+    for g, w in zip(*weights, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
+
+
+@pytest.mark.parametrize("batch", [MOST_ROWS[2], MOST_ROWS[2] + 1])
+def test_the_choice_at_run_time(batch):
+    """Of factors whose batch is not known while the graph is made: kept, or formed with the same bits."""
+    x, dz = factors("float32", batch, 65, 130)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 65]), tf.TensorSpec([None, 130])])
+    def choose(x, dz):
+        return wdops.factored.worthwhile(FactoredGradient(x, dz), products=2)
+
+    grad, factor = choose(x, dz)
+    if batch <= MOST_ROWS[2]:
+        assert grad.numpy().tobytes() == x.tobytes() and factor.numpy().tobytes() == dz.tobytes()
+    else:
+        assert grad.numpy().tobytes() == product(x, dz).tobytes() and factor.shape == [0]
+    p, q = tf.Variable(tf.ones([65, 130])), tf.Variable(tf.ones([65, 130]))
+    wdops.ops.apply_sgd(p, [(grad, factor)], lr=0.1)
+    wdops.ops.apply_sgd(q, product(x, dz), lr=0.1)
+    assert p.numpy().tobytes() == q.numpy().tobytes()
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model = network()
+    optimizer = wdops.optimizers.AdamW(1e-2, weight_decay=0.0, skip_nonfinite=True)
+    model.compile(optimizer, loss="mse")
+    optimizer.build(model.trainable_variables)
+    wdops.fold_regularizers(model, optimizer)
+    optimizer.factor_gradients(model)
+    before = [v.numpy() for v in (*model.trainable_variables, *optimizer.variables)]
+    x, y = data(16)
+    x[3, 5] = np.inf
+    model.fit(x, y, batch_size=16, verbose=0)
+    assert not optimizer.step_applied.numpy()
+    for a, b in zip(before, [*model.trainable_variables, *optimizer.variables], strict=True):
+        assert a.tobytes() == b.numpy().tobytes()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_tape_gives_the_whole_gradient():
+    """Whoever asks for it has it, beside a step that does not form it."""
+    model = network(l2=0)
+    optimizer = wdops.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    optimizer.factor_gradients(model)
+    x, y = data(7)
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        grads = tape.gradient(loss, model.trainable_variables)
+        with tf.control_dependencies(grads):
+            before = [tf.identity(v) for v in model.trainable_variables]
+        with tf.control_dependencies(before):
+            optimizer.apply(grads, model.trainable_variables)
+        return grads, before
+
+    grads, before = step()
+    for g, b, v in zip(grads, before, model.trainable_variables, strict=True):
+        assert g.shape == v.shape
+        np.testing.assert_allclose(v.numpy(), b - 0.1 * g, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["read elsewhere", "changed", "penalized"])
+def test_a_gradient_that_is_no_product_any_more_is_right_and_warned_of(how):
+    results = []
+    for factored in (True, False):
+        model = network(l2=1e-3 if how == "penalized" else 0)
+        optimizer = wdops.optimizers.SGD(0.1)
+        optimizer.build(model.trainable_variables)
+        if factored:
+            optimizer.factor_gradients(model)
+        x, y = data(7)
+
+        @tf.function
+        def step(model=model, optimizer=optimizer, x=x, y=y):
+            variables = model.trainable_variables
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(x) - y) ** 2) + tf.add_n([*model.losses, 0.0])
+                if how == "read elsewhere":
+                    loss += tf.reduce_sum(model.layers[1].kernel[3])
+            grads = tape.gradient(loss, variables)
+            optimizer.apply([2 * g for g in grads] if how == "changed" else grads, variables)
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+        of_first = [str(w.message) for w in caught if "first/kernel is not factored" in str(w.message)]
+        assert len(of_first) == factored
+        assert not factored or "fold_regularizers" in of_first[0]
+        results.append([v.numpy() for v in model.trainable_variables])
+    for g, w in zip(*results, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_tied_kernel_has_factors_too():
+    """Where a kernel multiplies in another place, and even from the other side, its gradient is a sum of products."""
+    results = []
+    for factored in (True, False):
+        model = network(l2=0)
+        optimizer = wdops.optimizers.SGD(0.1)
+        optimizer.build(model.trainable_variables)
+        if factored:
+            optimizer.factor_gradients(model)
+        x, y = data(7)
+
+        @tf.function
+        def step(model=model, optimizer=optimizer, x=x, y=y):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(x) - y) ** 2)
+                loss += tf.reduce_sum(tf.matmul(x, model.layers[1].kernel, transpose_b=True) ** 2) / 100
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+        step()
+        assert formed_products(step.get_concrete_function()) == (0 if factored else 3)
+        results.append([v.numpy() for v in model.trainable_variables])
+    for g, w in zip(*results, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
+
+
+def test_a_model_that_is_not_built_is_refused():
+    model = keras.Sequential([keras.layers.Dense(3, name="late")])
+    with pytest.raises(ValueError, match=r"layer .* is not built"):
+        wdops.optimizers.SGD(0.1).factor_gradients(model)
+
+
+def test_as_indexed_slices_it_is_the_whole_gradient():
+    x, dz = factors("float32", 5, 3, 4)
+    grad = FactoredGradient(x, dz)
+    assert grad.shape == [3, 4] and grad.dtype == tf.float32
+    np.testing.assert_allclose(tf.convert_to_tensor(grad), product(x, dz), rtol=1e-6)
+    np.testing.assert_allclose(grad.numpy(), product(x, dz), rtol=1e-6)
+    optimizer, variable = keras.optimizers.SGD(1.0), keras.Variable(np.zeros((3, 4), "f4"))
+    optimizer.apply([grad], [variable])
+    np.testing.assert_allclose(variable.numpy(), -product(x, dz), rtol=1e-5)
