@@ -1,40 +1,13 @@
-// The loop over a CPU's memory. Compiled once per instruction set, which the
-// flags of the target and WDOPS_ISA name; nothing that is compiled here is
-// visible to another library but wdops_cpu_kernels.
+// The loop of a step over a CPU's memory. Compiled, as activation.cc, once per
+// instruction set, which the flags of the target and WDOPS_ISA name; nothing
+// that is compiled here is visible to another library but wdops_cpu_kernels.
 #include "cpu/sweep.h"
 
-#ifdef __SSE2__
-#include <xmmintrin.h>
-#endif
+#include "cpu/activation.h"
+#include "cpu/float_mode.h"
 
 namespace wdops::cpu {
 namespace {
-
-// For its lifetime: round to nearest, flush subnormals to zero, as TensorFlow's
-// threads do. A caller with NumPy arrays is none of them, and would get other
-// bits; and slots that decay towards zero would stay subnormal for ever, at
-// many times the cost of an element.
-class FloatMode {
- public:
-#if defined(__SSE2__)
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x9fc0); }
-  ~FloatMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  FloatMode() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" ::"r"(uint64_t{1} << 24) : "memory");
-  }
-  ~FloatMode() { asm volatile("msr fpcr, %0" ::"r"(saved_) : "memory"); }
-
- private:
-  uint64_t saved_;
-#else
-  FloatMode() {}
-#endif
-};
 
 // How many elements are staged at a time where a chunk lacks an array: a
 // scratch array, which stays in L1, stands for it.
@@ -309,7 +282,8 @@ constexpr Kernels kKernels = {WDOPS_ISA,
                               {
 #define DTYPE(name, Type) &PenaltySums<Type>,
 #include "rules/dtypes.inc"
-                              }};
+                              },
+                              &kActivationKernels};
 
 }  // namespace
 }  // namespace wdops::cpu

@@ -57,6 +57,8 @@ inline bool IsFinite(const Sums& sums, DType dtype) {
 using SweepPerLayout = std::array<Sweep, kLayoutCount>;
 using SumPerLayout = std::array<Sum, kLayoutCount>;
 
+struct ActivationKernels;
+
 struct Kernels {
   const char* isa;
   std::array<SweepPerLayout, kRuleCount> sweep;
@@ -71,6 +73,7 @@ struct Kernels {
   // a: of |param|, b: of its squares. `step` is l1, a double: if it is 0, so is
   // a. Per dtype.
   std::array<Sum, kDTypeCount> penalty;
+  const ActivationKernels* activations;
 };
 
 }  // namespace wdops::cpu

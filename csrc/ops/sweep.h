@@ -1,33 +1,18 @@
-// Variables and chunks for the CPU kernels of the ops: lookup, locks, and
-// threads that share the chunks of many variables.
+// Variables and chunks for the CPU kernels of the optimizers' ops.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 
-#include "cpu/dispatch.h"
 #include "ops/inputs.h"
-#include "tensorflow/core/framework/op_kernel.h"
+#include "ops/kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
 #include "tensorflow/core/platform/mutex.h"
-#include "tensorflow/core/platform/threadpool.h"
 
 namespace wdops {
 
 using Vars = std::vector<tensorflow::core::RefCountPtr<tensorflow::Var>>;
-
-inline char* Data(const tensorflow::Tensor& tensor) {
-  return static_cast<char*>(tensor.data());
-}
-
-inline absl::Status FindKernels(const cpu::Kernels** kernels) {
-  *kernels = cpu::ActiveKernels();
-  if (*kernels) return absl::OkStatus();
-  return absl::FailedPreconditionError(
-      "no instruction set is in use: import wdops before the op runs");
-}
 
 inline absl::Status Uninitialized(const Inputs& inputs, int input) {
   return absl::InvalidArgumentError(
@@ -120,35 +105,17 @@ struct Places {
 template <class Run>
 void ForChunks(tensorflow::OpKernelContext* ctx, const Places& places,
                int passes, const Run& run) {
-  const int64_t chunks = places.Chunks();
-  // A core moves about 8 bytes a cycle, and waking a thread costs as much as
-  // 2^17 cycles of sweeping.
-  auto* pool = ctx->device()->tensorflow_cpu_worker_threads()->workers;
-  const int64_t threads = std::min<int64_t>(
-      {pool->NumThreads(), chunks, 1 + (places.bytes * passes / 8 >> 17)});
-  // Each thread claims a share of what is left: long runs at first, which the
-  // processor prefetches through, and single chunks at the end, so that little
-  // is waited for where one thread is slow.
-  std::atomic<int64_t> claimed{0};
-  const auto work = [&](int64_t, int64_t) {
-    size_t i = 0;
-    int64_t chunk = claimed;
-    while (chunk < chunks) {
-      const int64_t end =
-          chunk + std::max<int64_t>(1, (chunks - chunk) / (2 * threads));
-      if (!claimed.compare_exchange_weak(chunk, end)) continue;
-      for (; chunk < end; ++chunk) {
-        while (chunk >= places.first[i + 1]) ++i;
-        const int64_t begin = (chunk - places.first[i]) * cpu::kChunk;
-        run(i, chunk, begin, std::min(cpu::kChunk, places.n[i] - begin));
-      }
-      chunk = claimed;
-    }
-  };
-  if (chunks == 0) return;
-  pool->ParallelFor(threads,
-                    tensorflow::thread::ThreadPool::SchedulingParams::Fixed(1),
-                    work);
+  Share(ctx, places.Chunks(), places.bytes * passes,
+        [&](int64_t chunk, int64_t end) {
+          const auto& first = places.first;
+          size_t i = std::upper_bound(first.begin(), first.end(), chunk) - 1 -
+                     first.begin();
+          for (; chunk < end; ++chunk) {
+            while (chunk >= first[i + 1]) ++i;
+            const int64_t begin = (chunk - first[i]) * cpu::kChunk;
+            run(i, chunk, begin, std::min(cpu::kChunk, places.n[i] - begin));
+          }
+        });
 }
 
 }  // namespace wdops

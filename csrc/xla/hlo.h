@@ -57,6 +57,7 @@ struct Hlo {
   }
   friend Hlo Abs(Hlo x) { return {xla::Abs(x.op)}; }
   friend Hlo Floor(Hlo x) { return {xla::Floor(x.op)}; }
+  friend Hlo Expm1(Hlo x) { return {xla::Expm1(x.op)}; }
   friend Hlo Sqrt(Hlo x) { return {xla::Sqrt(x.op)}; }
   friend Hlo Pow(Hlo x, Hlo y) { return {xla::Pow(x.op, y.op)}; }
 };
