@@ -37,57 +37,34 @@ void ActivateRows(const double* hyper, const Rows& rows, const void* x,
   }
 }
 
-// kRows rows at once, so that a column's sum is loaded and stored only once for
-// all of them.
-template <int kRows, bool kSums, class T, class Activation>
-void ActivateGradRows(const Activation activation, int64_t stride,
-                      const T* grad, const T* output, T* x_grad, double* sums,
-                      int n) {
-  using S = Compute<T>;
+template <bool kSums, class T, class Activation>
+void ActivateGradRow(const Activation activation, const T* grad,
+                     const T* output, T* x_grad, double* sums, int n) {
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    double sum[kRows];
-    for (int row = 0; row < kRows; ++row) {
-      const int64_t at = row * stride + i;
-      const S g = activation.Gradient(Load(grad[at]), Load(output[at]));
-      Store(g, &x_grad[at]);
-      sum[row] = g;
-    }
-    if constexpr (kSums) {
-      for (int half = kRows / 2; half > 0; half /= 2) {
-        for (int row = 0; row < half; ++row) sum[row] += sum[row + half];
-      }
-      sums[i] += sum[0];
-    }
+    const auto g = activation.Gradient(Load(grad[i]), Load(output[i]));
+    Store(g, &x_grad[i]);
+    if constexpr (kSums) sums[i] += g;
   }
 }
 
 template <template <class> class Activation, class T>
-void ActivateGradBlock(const double* hyper, const Rows& rows, const void* grad,
-                       const void* output, void* x_grad, double* sums) {
+void ActivateGradRows(const double* hyper, const Rows& rows, const void* grad,
+                      const void* output, void* x_grad, double* sums) {
   const FloatMode mode;
   const Activation<Compute<T>> activation(hyper);
-  const auto sweep = [&](auto row_count, auto with_sums, int64_t row, int n) {
+  if (sums) std::fill_n(sums, rows.columns, 0.0);
+  for (int64_t row = 0; row < rows.rows; ++row) {
     const int64_t at = row * rows.stride;
-    ActivateGradRows<row_count, with_sums>(
-        activation, rows.stride, static_cast<const T*>(grad) + at,
-        static_cast<const T*>(output) + at, static_cast<T*>(x_grad) + at, sums,
-        n);
-  };
-  constexpr std::integral_constant<int, 1> kOne;
-  constexpr std::integral_constant<int, 4> kFour;
-  const int64_t last = rows.rows - 1;
-  int64_t row = 0;
-  if (sums) {
-    std::fill_n(sums, rows.columns, 0.0);
-    for (; row + kFour <= last; row += kFour) {
-      sweep(kFour, std::true_type(), row, rows.columns);
+    const T* g = static_cast<const T*>(grad) + at;
+    const T* y = static_cast<const T*>(output) + at;
+    T* to = static_cast<T*>(x_grad) + at;
+    const int n = row + 1 < rows.rows ? rows.columns : rows.last_columns;
+    if (sums) {
+      ActivateGradRow<true>(activation, g, y, to, sums, n);
+    } else {
+      ActivateGradRow<false>(activation, g, y, to, sums, n);
     }
-    for (; row < last; ++row) sweep(kOne, std::true_type(), row, rows.columns);
-    sweep(kOne, std::true_type(), last, rows.last_columns);
-  } else {
-    for (; row < last; ++row) sweep(kOne, std::false_type(), row, rows.columns);
-    sweep(kOne, std::false_type(), last, rows.last_columns);
   }
 }
 
@@ -99,7 +76,7 @@ constexpr std::array<Activate, kDTypeCount> kActivates = {
 
 template <template <class> class Activation>
 constexpr std::array<ActivateGrad, kDTypeCount> kActivateGrads = {
-#define DTYPE(name, Type) &ActivateGradBlock<Activation, Type>,
+#define DTYPE(name, Type) &ActivateGradRows<Activation, Type>,
 #include "rules/dtypes.inc"
 };
 

@@ -94,8 +94,8 @@ using Activate = void (*)(const double* hyper, const Rows&, const void* x,
                           const void* bias, bool uniform, void* output);
 
 // x_grad, from the gradient of the output and the output, and the sum of each
-// of its columns, unless `sums` is null: in double over a tree that only Rows
-// determine. Either array may be x_grad.
+// of its columns, unless `sums` is null: in double, row after row. Either array
+// may be x_grad.
 using ActivateGrad = void (*)(const double* hyper, const Rows&,
                               const void* grad, const void* output,
                               void* x_grad, double* sums);

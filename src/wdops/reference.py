@@ -946,8 +946,8 @@ def elu(
 def relu(x: Any, bias: Any = None, *, data_format: str = "NHWC", name: str | None = None) -> tf.Tensor:
     """ReLU behind a bias, in one pass.
 
-        z    = x + bias
-        f(z) = max(z, 0)
+    z    = x + bias
+    f(z) = max(z, 0)
     """
     z = _biased(x, bias, data_format)
     return tf.where(z <= 0, tf.zeros_like(z), z)
@@ -973,8 +973,8 @@ def leaky_relu(
 def selu(x: Any, bias: Any = None, *, data_format: str = "NHWC", name: str | None = None) -> tf.Tensor:
     """SELU (Klambauer et al., arXiv:1706.02515) behind a bias, in one pass.
 
-        z    = x + bias
-        f(z) = scale * (z if z > 0 else alpha*(e^z - 1))           scale = 1.0507..., alpha = 1.6732...
+    z    = x + bias
+    f(z) = scale * (z if z > 0 else alpha*(e^z - 1))           scale = 1.0507..., alpha = 1.6732...
     """
     return SELU_SCALE * elu(x, bias, SELU_ALPHA, data_format=data_format)
 
