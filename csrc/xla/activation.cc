@@ -57,17 +57,38 @@ class ActivationXla : public tensorflow::XlaOpKernel {
     const Hlo<S> x_grad = activation.Gradient(read(0), read(1));
     ctx->SetOutput(0, xla::ConvertElementType(x_grad.op, storage));
     if (!inputs_.biased) return absl::OkStatus();
+    ctx->SetOutput(
+        1,
+        xla::ConvertElementType(
+            SumOfChannels(static_cast<Hlo<double>>(x_grad).op, axis), storage));
+    return absl::OkStatus();
+  }
+
+  // On a CPU XLA adds up one row after another: four quarters of them at once
+  // take two thirds of the time.
+  static xla::XlaOp SumOfChannels(xla::XlaOp x, int axis) {
+    constexpr int64_t kParts = 4;
     std::vector<int64_t> others;
-    for (int i = 0; i < ctx->InputShape(0).dims(); ++i) {
+    const auto dimensions = Dimensions(x);
+    for (int64_t i = 0; i < int64_t(dimensions.size()); ++i) {
       if (i != axis) others.push_back(i);
     }
-    const auto wide = static_cast<Hlo<double>>(x_grad);
-    xla::XlaBuilder* builder = ctx->builder();
-    const xla::XlaOp sum =
-        xla::Reduce(wide.op, xla::ConstantR0<double>(builder, 0),
-                    xla::CreateScalarAddComputation(xla::F64, builder), others);
-    ctx->SetOutput(1, xla::ConvertElementType(sum, storage));
-    return absl::OkStatus();
+    xla::XlaBuilder* builder = x.builder();
+    const auto sum = [&](xla::XlaOp op) {
+      return xla::Reduce(op, xla::ConstantR0<double>(builder, 0),
+                         xla::CreateScalarAddComputation(xla::F64, builder),
+                         others);
+    };
+    const int64_t length = axis == 0 ? 0 : dimensions[0] / kParts;
+    if (length == 0) return sum(x);
+    const auto part = [&](int64_t begin, int64_t end) {
+      return xla::SliceInDim(x, begin, end, 1, 0);
+    };
+    xla::XlaOp parts = part(0, length);
+    for (int64_t k = 1; k < kParts; ++k) {
+      parts = xla::Add(parts, part(k * length, (k + 1) * length));
+    }
+    return xla::Add(sum(parts), sum(part(kParts * length, dimensions[0])));
   }
 
   ActivationInputs inputs_;

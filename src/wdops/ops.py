@@ -144,7 +144,7 @@ global_norm.__doc__ = reference.global_norm.__doc__
 
 def _float_tensor(name: str, value: Any, dtype: tf.DType = tf.float32) -> tf.Tensor:
     """`value` as a tensor; numbers and lists of them become one of `dtype`."""
-    tensor = tf.convert_to_tensor(value, dtype_hint=dtype)
+    tensor = tf.convert_to_tensor(value, dtype_hint=None if hasattr(value, "dtype") else dtype)
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype.name}, but must have one of {[d.name for d in DTYPES]}")
     return tensor
