@@ -1,6 +1,7 @@
 """Keras's Dense with bias and activation in one pass, forward and backward, and models that are converted to it."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,8 +107,8 @@ def convert(model: keras.Model) -> Converted:
       `Converted(model, replaced, left)`, which prints as a list of what was done.
 
     Raises:
-      ValueError: the model, or one nested in it, is of a class of its own, whose `call` cannot be seen from outside: use
-        `wdops.layers.Dense` there; or a layer cannot be made from its config.
+      ValueError: the model, or one nested in it, is of a class of its own, whose `call` cannot be seen from outside
+        (use `wdops.layers.Dense` there), or a layer cannot be made from its config.
     """
     models = _models_of(model, model.name)
     uses: dict[int, int] = {}
@@ -122,7 +123,10 @@ def convert(model: keras.Model) -> Converted:
     replaced, left = {}, {}
 
     def clone(layer: keras.Layer) -> keras.Layer:
-        path, config = paths[layer], layer.get_config()
+        config = layer.get_config()
+        if not isinstance(layer, keras.Layer):  # an operation, as of x + y
+            return type(layer).from_config(config)
+        path = paths[layer]
         if layer in moved:
             replaced[path] = "moved into the Dense layer before it"
             return keras.layers.Activation("linear", name=layer.name, dtype=config["dtype"])
@@ -138,7 +142,7 @@ def convert(model: keras.Model) -> Converted:
             new = new_class.from_config(config)
         except Exception as error:
             raise ValueError(f"layer {path} cannot be made from its config: {error}") from error
-        if new_class is Dense:
+        if new_class is Dense and not reason:
             if layer in into:
                 new.activation = _as_activation(into[layer])
             fused = new._fused_activation() is not None
@@ -181,7 +185,7 @@ def _pairs(model: keras.Model) -> list[tuple[keras.Layer, keras.Layer]]:
     else:
         readers: dict[int, list[keras.Layer | None]] = {}
         made_by = {}
-        for node in model._nodes:
+        for node in itertools.chain(*model._nodes_by_depth.values()):
             for tensor in node.outputs:
                 made_by.setdefault(node.operation, []).append(tensor)
             for tensor in node.input_tensors:
