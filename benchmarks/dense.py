@@ -139,9 +139,7 @@ def main() -> None:
 
     parameters = MEMORY_LAYERS * N * (N + 1)
     peaks = {way: peak_bytes(way) for way in ("factors", "plain gradients", "Keras")}
-    print(
-        f"| peak memory of a step of {MEMORY_LAYERS} such layers | MB | bytes a parameter above the factors |\n|---|---|---|"
-    )
+    print(f"| peak memory of {MEMORY_LAYERS} such layers | MB | bytes a parameter above the factors |\n|---|---|---|")
     for way, peak in peaks.items():
         print(f"| {way} | {peak / 1e6:.0f} | {(peak - peaks['factors']) / parameters:.2f} |")
     write_json(arguments.json, seconds | steps | {"peak bytes": peaks})

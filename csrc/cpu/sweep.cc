@@ -1,8 +1,10 @@
-// The loop of a step over a CPU's memory. Compiled, as factored.cc, once per
-// instruction set, which the flags of the target and WDOPS_ISA name; nothing
-// that is compiled here is visible to another library but wdops_cpu_kernels.
+// The loop of a step over a CPU's memory. Compiled, as what is included here,
+// once per instruction set, which the flags of the target and WDOPS_ISA name;
+// nothing that is compiled here is visible to another library but
+// wdops_cpu_kernels.
 #include "cpu/sweep.h"
 
+#include "cpu/activation.h"
 #include "cpu/add_up.h"
 #include "cpu/factored.h"
 #include "cpu/float_mode.h"
@@ -252,7 +254,8 @@ constexpr Kernels kKernels = {WDOPS_ISA,
 #define DTYPE(name, Type) &PenaltySums<Type>,
 #include "rules/dtypes.inc"
                               },
-                              &kFactoredKernels};
+                              &kFactoredKernels,
+                              &kActivationKernels};
 
 }  // namespace
 }  // namespace wdops::cpu

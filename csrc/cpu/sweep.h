@@ -57,6 +57,7 @@ inline bool IsFinite(const Sums& sums, DType dtype) {
 using SweepPerLayout = std::array<Sweep, kLayoutCount>;
 using SumPerLayout = std::array<Sum, kLayoutCount>;
 
+struct ActivationKernels;
 struct FactoredKernels;
 
 struct Kernels {
@@ -74,6 +75,7 @@ struct Kernels {
   // a. Per dtype.
   std::array<Sum, kDTypeCount> penalty;
   const std::array<FactoredKernels, kDTypeCount>* factored;
+  const ActivationKernels* activations;
 };
 
 }  // namespace wdops::cpu

@@ -52,6 +52,63 @@ WDOPS_FN To BitCast(From from) {
   return to;
 }
 
+// float or double: what V is, or the elements of an HLO.
+template <class V>
+struct Scalar {
+  using type = V;
+};
+
+// A sum with this has no bits for a fraction: its last bits are the whole part.
+template <class V>
+inline constexpr V kWhole = std::is_same_v<V, double> ? 0x1.8p52 : 0x1.8p23;
+
+// To nearest, for |x| < 2^22.
+template <class V>
+WDOPS_FN V Round(V x) {
+  return (x + kWhole<V>)-kWhole<V>;
+}
+
+// 2^n for a whole number n, if it is a normal number.
+template <class V>
+WDOPS_FN V PowerOfTwo(V n) {
+  constexpr bool kDouble = std::is_same_v<V, double>;
+  using Bits = std::conditional_t<kDouble, uint64_t, uint32_t>;
+  return BitCast<V>((BitCast<Bits>(n + kWhole<V>) << (kDouble ? 52 : 23)) +
+                    BitCast<Bits>(V(1)));
+}
+
+// e^x - 1 for x <= 0 or NaN, within 0.90 ULP in float and 1.2 in double; any
+// number for other x. Sums and products alone, so that the loop around it is
+// vectorized: with x = n*ln(2) + r, |r| <= ln(2)/2, it is
+// 2^n * (e^r - 1) + (2^n - 1), and e^r - 1 is Taylor's series.
+template <class V>
+WDOPS_FN V Expm1(V x) {
+  constexpr bool kDouble = std::is_same_v<typename Scalar<V>::type, double>;
+  constexpr int kTerms = kDouble ? 13 : 7;
+  // e^x is less than half an ULP of 1 below this.
+  constexpr double kLeast = kDouble ? -38 : -18;
+  // Here x is the result, and 0 keeps its sign, which a sum would lose.
+  constexpr double kLinear = kDouble ? -0x1p-54 : -0x1p-25;
+  // n*kLn2High is exact, and so is its difference from x.
+  constexpr double kLn2High = kDouble ? 0x1.62e42feep-1 : 0x1.62e4p-1;
+  constexpr double kLn2Low =
+      kDouble ? 0x1.a39ef35793c76p-33 : 0x1.7f7d1cf79abcap-20;
+
+  const V bounded = Select(x < Like(x, kLeast), Like(x, kLeast), x);
+  const V n = Round(bounded * Like(x, 1.4426950408889634));
+  const V r = (bounded - n * Like(x, kLn2High)) - n * Like(x, kLn2Low);
+  double factorial = 1;
+  for (int k = 2; k <= kTerms; ++k) factorial *= k;
+  V series = Like(x, 1 / factorial);
+  for (int k = kTerms; k > 2; --k) {
+    factorial /= k;
+    series = series * r + Like(x, 1 / factorial);
+  }
+  const V power = PowerOfTwo(n);
+  const V result = power * (r + r * r * series) + (power - Like(x, 1));
+  return Select(x > Like(x, kLinear), x, result);
+}
+
 struct bfloat16 {
   uint16_t bits;
 };

@@ -1,7 +1,8 @@
 """Fused optimizer steps with L1/L2 weight decay for TensorFlow: each step one op, and one pass over memory.
 
-`wdops.optimizers` are Keras's own with the step fused, `wdops.ops` the ops under them, `wdops.reference` the same in
-plain TensorFlow, `wdops.isa` the instruction set in use, `wdops.kernels` the kernels on NumPy arrays.
+`wdops.optimizers` are Keras's own with the step fused, `wdops.layers` its Dense with bias and activation fused,
+`wdops.ops` the ops under them, `wdops.reference` the same in plain TensorFlow, `wdops.isa` the instruction set in use,
+`wdops.kernels` the kernels on NumPy arrays.
 """
 
 import sys
@@ -18,10 +19,12 @@ def build_info() -> dict[str, Any]:
 # `python -m wdops` runs this file before __main__.py, which starts TensorFlow itself, and quietly.
 _is_program = sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["wdops"]
 if not _is_program:
-    from wdops import isa, kernels, ops, optimizers, reference
+    from wdops import isa, kernels, layers, ops, optimizers, reference
+    from wdops.layers import convert
     from wdops.regularizers import fold_regularizers, unfold_regularizers
 
     __version__ = build_info()["version"]
     __all__ = [
-        "build_info", "fold_regularizers", "isa", "kernels", "ops", "optimizers", "reference", "unfold_regularizers",
+        "build_info", "convert", "fold_regularizers", "isa", "kernels", "layers", "ops", "optimizers", "reference",
+        "unfold_regularizers",
     ]  # fmt: skip

@@ -71,7 +71,6 @@ class _Own:
         self.swapped: set[str] = set()  # hyperparameters that change, and are numbers for the moment
         self.traced = False
         self.penalties: Any = None  # wdops.regularizers.Penalties
-        self.factored: set[str] = set()  # variables whose gradients are to stay factored
         self.base_lr: float | None = None
         self.step_applied: keras.Variable | None = None
         self.slot_dtype: str | None = None  # of the variable that is being added
@@ -332,7 +331,8 @@ class FusedStep(keras.optimizers.Optimizer):
                 raise ValueError(f"the layer {layer.name} is not built: call the model once, or give it an Input")
             if isinstance(layer, keras.layers.Dense):
                 kernels.append(layer._kernel)
-        self._own.factored |= {self._var_key(kernel) for kernel in kernels}
+        for kernel in kernels:
+            kernel.factored_gradient = True
         return [kernel.path for kernel in kernels]
 
     def decay_report(self, print_fn: Callable[[str], None] = print) -> None:
@@ -480,11 +480,12 @@ class FusedStep(keras.optimizers.Optimizer):
         if grad is None:
             # What a regularizer in the loss gives a variable that nothing else in it depends on.
             return tf.zeros_like(variable) if self._get_variable_index(variable) in self._own.folded else None
-        if self._var_key(variable) in self._own.factored or getattr(variable, "factored_gradient", False):
+        kernel = self._trainable_variables[self._get_variable_index(variable)]
+        if getattr(kernel, "factored_gradient", False):
             found = factored.factors_of(grad)
             if found is not None:
                 return found
-            self._warn_of_whole(variable)
+            self._warn_of_whole(kernel)
         if isinstance(grad, factored.FactoredGradient):
             return grad
         # Keras's code for sparse gradients asks hyperparameters for their value while it is traced.

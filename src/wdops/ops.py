@@ -1,10 +1,12 @@
-"""The fused ops, each one op and one pass over memory for a whole list of variables.
+"""The fused ops, each one op and one pass over memory.
 
-`apply_<rule>` is the step of every rule; `norms` and `global_norm` are what clipping needs. All of them take a
-`FactoredGradient` for the gradient of a matrix. The names, arguments and
-defaults are those of `wdops.reference`, which also says what each op computes.
+`apply_<rule>` is the step of every rule for a whole list of variables; `norms` and `global_norm` are what clipping
+needs; both take a `FactoredGradient` for the gradient of a matrix. `elu`, `relu`, `leaky_relu` and `selu` are
+activations behind a bias, with their gradients. The names, arguments and defaults are those of `wdops.reference`, which
+also says what each op computes.
 """
 
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -147,3 +149,91 @@ def global_norm(grad: Any, var: Any = None, **arguments: Any) -> tuple[tf.Tensor
 
 norms.__doc__ = reference.norms.__doc__
 global_norm.__doc__ = reference.global_norm.__doc__
+
+
+# ---- activations
+
+
+def _float_tensor(name: str, value: Any, dtype: tf.DType = tf.float32) -> tf.Tensor:
+    """`value` as a tensor; numbers and lists of them become one of `dtype`."""
+    tensor = tf.convert_to_tensor(value, dtype_hint=None if hasattr(value, "dtype") else dtype)
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype.name}, but must have one of {[d.name for d in DTYPES]}")
+    return tensor
+
+
+def _activate(op: Callable[..., Any], x: Any, bias: Any, data_format: str, name: str | None, *hypers: float) -> Any:
+    x = _float_tensor("x", x)
+    if data_format not in ("NHWC", "NCHW"):
+        raise ValueError(f"data_format is {data_format!r}, but must be 'NHWC' or 'NCHW'")
+    biases = [] if bias is None else [_float_tensor("bias", bias, x.dtype)]
+    if biases and biases[0].dtype != x.dtype:
+        raise ValueError(f"bias has dtype {biases[0].dtype.name}, but x has dtype {x.dtype.name}")
+    return op(x, biases, *(tf.constant(h, tf.float64) for h in hypers), data_format=data_format, name=name)
+
+
+def _check_alpha(alpha: Any) -> float:
+    if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, but is {alpha!r}")
+    if alpha < 0:
+        raise ValueError(
+            f"alpha is {alpha}, but must not be negative: the gradient is made from the output, which then does not "
+            "tell the sign of the input"
+        )
+    return float(alpha)
+
+
+def elu(
+    x: Any, bias: Any = None, alpha: float = 1.0, *, data_format: str = "NHWC", name: str | None = None
+) -> tf.Tensor:
+    if _check_alpha(alpha) == 0:
+        return relu(x, bias, data_format=data_format, name=name)
+    return _activate(raw_ops.wdops_elu, x, bias, data_format, name, alpha, 1.0)
+
+
+def relu(x: Any, bias: Any = None, *, data_format: str = "NHWC", name: str | None = None) -> tf.Tensor:
+    return _activate(raw_ops.wdops_relu, x, bias, data_format, name)
+
+
+def leaky_relu(
+    x: Any, bias: Any = None, alpha: float = 0.2, *, data_format: str = "NHWC", name: str | None = None
+) -> tf.Tensor:
+    if _check_alpha(alpha) == 0:  # 0 times infinity is not what is meant
+        return relu(x, bias, data_format=data_format, name=name)
+    return _activate(raw_ops.wdops_leaky_relu, x, bias, data_format, name, alpha)
+
+
+def selu(x: Any, bias: Any = None, *, data_format: str = "NHWC", name: str | None = None) -> tf.Tensor:
+    return _activate(raw_ops.wdops_elu, x, bias, data_format, name, reference.SELU_ALPHA, reference.SELU_SCALE)
+
+
+for _function in (elu, relu, leaky_relu, selu):
+    _function.__doc__ = getattr(reference, _function.__name__).__doc__
+
+
+def _register_gradients(op_name: str, grad_op: Callable[..., Any], curved: bool) -> None:
+    """Of the op, and of its gradient; `curved`: the derivative is the output and a constant where that is below 0."""
+
+    @tf.RegisterGradient(op_name)
+    def gradient(op: Any, grad: tf.Tensor) -> list[Any]:
+        biases = op.get_attr("B")
+        hypers = op.inputs[1 + biases :]
+        x_grad, bias_grad = grad_op(
+            grad, op.outputs[0], *hypers, B=biases, data_format=op.get_attr("data_format")
+        )  # fmt: skip
+        return [x_grad, *bias_grad, *[None] * len(hypers)]
+
+    @tf.RegisterGradient(f"{op_name}Grad")
+    def gradient_of_gradient(op: Any, x_grad_grad: tf.Tensor, *bias_grad_grad: tf.Tensor) -> list[Any]:
+        grad, output, *hypers = op.inputs
+        for of_bias in bias_grad_grad:  # an element of x_grad is in one sum
+            axis = 1 if tf.compat.as_str(op.get_attr("data_format")) == "NCHW" else len(output.shape) - 1
+            x_grad_grad += tf.reshape(of_bias, [-1 if i == axis else 1 for i in range(len(output.shape))])
+        grad_grad, _ = grad_op(x_grad_grad, output, *hypers, B=0)
+        output_grad = tf.where(output > 0, tf.zeros_like(output), grad * x_grad_grad) if curved else None
+        return [grad_grad, output_grad, *[None] * len(hypers)]
+
+
+_register_gradients("Wdops>Elu", raw_ops.wdops_elu_grad, curved=True)
+_register_gradients("Wdops>Relu", raw_ops.wdops_relu_grad, curved=False)
+_register_gradients("Wdops>LeakyRelu", raw_ops.wdops_leaky_relu_grad, curved=False)

@@ -878,6 +878,113 @@ def global_norm(grad: Any, var: Any = None, **arguments: Any) -> tuple[tf.Tensor
     return tf.norm(norm), finite
 
 
+# Klambauer et al., arXiv:1706.02515: with these, mean 0 and variance 1 are a fixed point.
+SELU_SCALE = 1.0507009873554804934193349852946
+SELU_ALPHA = 1.6732632423543772848170429916717
+
+_ACTIVATION_DOC = """
+
+    The gradient is made from the output alone, in one pass that also sums up that of the bias:
+
+        x_grad = grad * f'(z) = grad * ({derivative})
+        bias_grad = the sum of x_grad over all axes but that of the channels
+
+    At z = 0 the slope is that of negative z{at_zero}. Gradients of gradients are right, too. NaN propagates. Sums are
+    made in double over a fixed tree: the same bits for every number of threads and every instruction set. float16,
+    bfloat16 and float32 are computed in float32, float64 in float64; subnormal floats count as 0.
+
+    Args:
+      x: a tensor of dtype float32, float64, bfloat16 or float16, of any shape.
+      bias: a vector of the dtype of x with one entry for each channel. Default None: there is none.{alpha}
+      data_format: "NHWC": the channels are the last axis; "NCHW": they are axis 1. Whatever the rank. Default "NHWC".
+      name: of the op.
+
+    Returns:
+      A tensor of the shape and dtype of x. That of `wdops.reference` is float64.
+
+    Raises:
+      ValueError, tf.errors.InvalidArgumentError: x is no float, the bias has another dtype or length{raises}.
+"""
+_ALPHA_DOC = """
+      alpha: a number, not negative: else the sign of the output would no longer be that of z. Default {default}."""
+
+
+def _activation(derivative: str, at_zero: str = "", alpha: float | None = None) -> Callable[..., Any]:
+    """Completes the docstring of an activation."""
+
+    def document(activate: Callable[..., Any]) -> Callable[..., Any]:
+        activate.__doc__ = (activate.__doc__ or "").rstrip() + _ACTIVATION_DOC.format(
+            derivative=derivative,
+            at_zero=at_zero,
+            alpha="" if alpha is None else _ALPHA_DOC.format(default=alpha),
+            raises="" if alpha is None else ", alpha is negative or not a finite number",
+        )
+        return activate
+
+    return document
+
+
+def _biased(x: Any, bias: Any, data_format: str) -> tf.Tensor:
+    z = to_float64(x)
+    if bias is None:
+        return z
+    axis = 1 if data_format == "NCHW" else len(z.shape) - 1
+    return z + tf.reshape(to_float64(bias), [-1 if i == axis else 1 for i in range(len(z.shape))])
+
+
+@_activation("1 if y > 0 else y + alpha", alpha=1.0, at_zero=", alpha, as in Keras")
+def elu(
+    x: Any, bias: Any = None, alpha: float = 1.0, *, data_format: str = "NHWC", name: str | None = None
+) -> tf.Tensor:
+    """ELU (Clevert et al., arXiv:1511.07289) behind a bias, in one pass.
+
+        z    = x + bias
+        f(z) = z if z > 0 else alpha*(e^z - 1)
+
+    For alpha 1 it is within 1 ULP of z's exact value, near 0 too, where `tf.nn.elu` forms exp(z) - 1 and keeps no
+    digit of it; elu(-0.0) is -0.0. Unlike `tf.nn.elu`, at 0 with another alpha the slope is alpha.
+    """
+    z = _biased(x, bias, data_format)
+    return tf.where(z > 0, z, alpha * tf.math.expm1(tf.minimum(z, 0)))
+
+
+@_activation("1 if y > 0 else 0", at_zero=", 0, as in TensorFlow and Keras")
+def relu(x: Any, bias: Any = None, *, data_format: str = "NHWC", name: str | None = None) -> tf.Tensor:
+    """ReLU behind a bias, in one pass.
+
+    z    = x + bias
+    f(z) = max(z, 0)
+    """
+    z = _biased(x, bias, data_format)
+    return tf.where(z <= 0, tf.zeros_like(z), z)
+
+
+@_activation("1 if y > 0 else alpha", alpha=0.2, at_zero=", alpha, as in TensorFlow and Keras")
+def leaky_relu(
+    x: Any, bias: Any = None, alpha: float = 0.2, *, data_format: str = "NHWC", name: str | None = None
+) -> tf.Tensor:
+    """Leaky ReLU (Maas et al., ICML 2013) behind a bias, in one pass.
+
+        z    = x + bias
+        f(z) = z if z > 0 else alpha*z
+
+    The default of alpha is that of `tf.nn.leaky_relu` and `keras.activations.leaky_relu`; that of
+    `keras.layers.LeakyReLU` is 0.3, and PyTorch's 0.01. `tf.nn.leaky_relu` rounds alpha to float32, and this does not.
+    """
+    z = _biased(x, bias, data_format)
+    return tf.where(z > 0, z, alpha * z) if alpha else relu(z)
+
+
+@_activation("scale if y > 0 else y + scale*alpha", at_zero=", scale*alpha, as in TensorFlow")
+def selu(x: Any, bias: Any = None, *, data_format: str = "NHWC", name: str | None = None) -> tf.Tensor:
+    """SELU (Klambauer et al., arXiv:1706.02515) behind a bias, in one pass.
+
+    z    = x + bias
+    f(z) = scale * (z if z > 0 else alpha*(e^z - 1))           scale = 1.0507..., alpha = 1.6732...
+    """
+    return SELU_SCALE * elu(x, bias, SELU_ALPHA, data_format=data_format)
+
+
 def as_list(x: Any) -> list[Any]:
     """`x` as a list, if it is not a list or tuple of variables or tensors."""
     return list(x) if isinstance(x, (list, tuple)) else [x]
