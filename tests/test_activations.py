@@ -196,8 +196,7 @@ def test_elu_is_within_2_ulp_of_expm1(mode):
     bits = np.arange(0x80800000, 0xFF800000, 97, dtype=np.uint32)
     x = bits.view(np.float32)
     got = MODES[mode](ops.elu)(tf.constant(x)).numpy()
-    # XLA brings its own expm1, which is that much less accurate.
-    assert ulps(got, np.expm1(x.astype(np.float64)), 24).max() <= (2 if mode == "graph" else 6)
+    assert ulps(got, np.expm1(x.astype(np.float64)), 24).max() <= 2
 
 
 def test_elu_is_within_2_ulp_of_expm1_in_float64(isa):

@@ -57,7 +57,7 @@ struct Hlo {
   }
   friend Hlo Abs(Hlo x) { return {xla::Abs(x.op)}; }
   friend Hlo Floor(Hlo x) { return {xla::Floor(x.op)}; }
-  friend Hlo Round(Hlo x) { return {xla::RoundToEven(x.op)}; }
+  friend Hlo Round(Hlo x) { return {xla::RoundNearestEven(x.op)}; }
   friend Hlo PowerOfTwo(Hlo n) {
     constexpr bool kDouble = std::is_same_v<T, double>;
     using Bits = std::conditional_t<kDouble, int64_t, int32_t>;
