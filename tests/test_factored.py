@@ -485,3 +485,95 @@ def test_as_indexed_slices_it_is_the_whole_gradient():
     optimizer, variable = keras.optimizers.SGD(1.0), keras.Variable(np.zeros((3, 4), "f4"))
     optimizer.apply([grad], [variable])
     np.testing.assert_allclose(variable.numpy(), -product(x, dz), rtol=1e-5)
+
+
+# --- wdops.layers.Dense ----------------------------------------------------------------------------------------------
+
+
+def dense(**arguments):
+    keras.utils.set_random_seed(1)
+    layer = wdops.layers.Dense(5, activation="elu", name="first", **arguments)
+    layer.build((None, 24))
+    return layer
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["eager", "graph", "jit"])
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float64"])
+def test_dense_hands_over_factors(mode, dims, policy):
+    """Also eagerly, where what the tape gives are the factors, and to any optimizer the gradient."""
+    x, _ = data(7, dims)
+    kernels, found = [], []
+    for factored in (True, False):
+        layer = dense(factored_gradient=factored, dtype=policy)
+        optimizer = wdops.optimizers.SGD(0.1, momentum=0.9)
+        optimizer.build(layer.trainable_variables)
+
+        def step(layer=layer, optimizer=optimizer):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.cast(layer(x), tf.float32) ** 2)
+            grads = tape.gradient(loss, layer.trainable_variables)
+            optimizer.apply(grads, layer.trainable_variables)
+            return grads[0]
+
+        found.append(MODES[mode](step)())
+        kernels.append(layer.kernel.numpy())
+    assert isinstance(found[0], FactoredGradient) == (mode == "eager")
+    assert found[0].dtype == layer.kernel.dtype
+    tolerance = 2.0**-8 if policy == "mixed_bfloat16" else 1e-6
+    scale = np.abs(found[1]).max()
+    np.testing.assert_allclose(tf.convert_to_tensor(found[0]), found[1], rtol=0, atol=tolerance * scale)
+    np.testing.assert_allclose(*kernels, rtol=0, atol=tolerance * np.abs(kernels[1]).max())
+
+
+def test_dense_called_twice_on_a_tape_has_its_whole_gradient_eagerly():
+    x, _ = data(7)
+    grads = []
+    for factored in (True, False):
+        layer = dense(factored_gradient=factored)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(layer(x) ** 2) + tf.reduce_mean(layer(2 * x) ** 2)
+        grads.append(tf.convert_to_tensor(tape.gradient(loss, layer.kernel.value)))
+    np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-6)
+
+
+def test_dense_with_a_keras_optimizer():
+    x, y = data(32)
+    weights = []
+    for factored in (True, False):
+        keras.utils.set_random_seed(1)
+        layer = wdops.layers.Dense(4, factored_gradient=factored)
+        model = keras.Sequential([keras.Input((24,)), layer])
+        model.compile(keras.optimizers.Adam(1e-2, global_clipnorm=0.1), loss="mse", run_eagerly=True)
+        model.fit(x, y, batch_size=8, verbose=0, shuffle=False)
+        weights.append(model.get_weights())
+    for g, w in zip(*weights, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5)
+
+
+def test_dense_is_saved_with_its_choice(tmp_path):
+    model = keras.Sequential([keras.Input((24,)), dense(factored_gradient=True)])
+    model.save(tmp_path / "model.keras")
+    layer = keras.saving.load_model(tmp_path / "model.keras").layers[0]
+    assert layer.factored_gradient and layer._kernel.factored_gradient
+    assert "factored_gradient" not in dense().get_config()
+    np.testing.assert_array_equal(layer.kernel, model.layers[0].kernel)
+
+
+@pytest.mark.filterwarnings("error")
+def test_fit_eagerly():
+    x, y = data(32)
+    weights = []
+    for factored in (True, False):
+        keras.utils.set_random_seed(1)
+        layers = [wdops.layers.Dense(n, activation="elu") for n in (24, 4)]
+        model = keras.Sequential([keras.Input((24,)), *layers])
+        optimizer = wdops.optimizers.Adam(1e-2, global_clipnorm=0.1)
+        model.compile(optimizer, loss="mse", run_eagerly=True)
+        if factored:
+            optimizer.factor_gradients(model)
+        model.fit(x, y, batch_size=8, verbose=0, shuffle=False)
+        weights.append(model.get_weights())
+    for g, w in zip(*weights, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5)
