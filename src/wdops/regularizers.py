@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.eager import record  # private: whether a GradientTape is open
 
-from wdops import hyperparameters, reference
+from wdops import hyperparameters, ops, reference
 from wdops.fused_step import FusedStep
 
 _FOLDED = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
@@ -47,8 +47,12 @@ class Penalties:
         l1, l2 = (tf.broadcast_to(reference.to_float64(self.optimizer._coefficient(n, index)), [len(index)]) for n in
                   ("l1", "l2"))  # fmt: skip
         variables = [self.optimizer._trainable_variables[i] for i in index]
-        found = [reference.penalty(tf.convert_to_tensor(v), l1[k], l2[k]) for k, v in enumerate(variables)]
-        self.update(index, tf.stack(found))
+        values = [tf.convert_to_tensor(v) for v in variables]
+        if tf.distribute.has_strategy() or any("GPU" in value.device for value in values):
+            found = tf.stack([reference.penalty(value, l1[k], l2[k]) for k, value in enumerate(values)])
+        else:
+            found = ops.norms(values, variables, l1=l1, l2=l2).penalty  # without a copy in float64
+        self.update(index, found)
 
 
 class _FoldedRegularizer(keras.regularizers.Regularizer):
