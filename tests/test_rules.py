@@ -385,6 +385,48 @@ def test_special_values_match_the_oracle(rule, dtype, decay, isa):
         assert (np.abs(g64 - w) <= b)[finite].all(), name
 
 
+def power_of(v, lr_power):
+    """v^-lr_power: one rounding away, since ftrl_power with z = -1 and no gradient gives 1/v^-lr_power."""
+    n = len(v)
+    param, z, grad = np.zeros(n, np.float32), np.full(n, -1, np.float32), np.zeros(n, np.float32)
+    run("ftrl_power", [param, v.copy(), z, grad], {"lr": 1.0, "lr_power": lr_power})
+    with np.errstate(divide="ignore"):
+        return 1 / param.astype(np.float64)
+
+
+@pytest.mark.parametrize("lr_power", [-1e-3, -0.25, -0.5, -0.6, -0.8, -0.99, 0.5, -3.0, -8.0])
+def test_a_power_is_accurate_over_all_accumulators(lr_power, isa):
+    every_exponent = np.random.default_rng(0).integers(0x00800000, 0x7F800000, 1 << 18, np.uint32).view(np.float32)
+    near_1 = np.linspace(0.5, 2, 1 << 17, dtype=np.float32)
+    v = np.concatenate([every_exponent, near_1])
+    power = -np.float64(np.float32(lr_power))
+    with np.errstate(over="ignore"):
+        want = v.astype(np.float64) ** power
+    inside = (want > 2.0**-125) & (want < 2.0**125)  # and so is its inverse, which is seen
+    v, want = v[inside], want[inside]
+    assert len(v) > 1 << 15
+    # In ULPs of the power: what Pow says, and the rounding of the inverse.
+    ulp = 2.0 ** (np.floor(np.log2(want)) - 23)
+    error = np.abs(power_of(v, lr_power) - want) / ulp
+    assert error.max() < (1.6 if abs(power) <= 1 else abs(power) + 1) + 1
+    assert error.mean() < 0.6 + 0.1 * abs(power)
+
+
+@pytest.mark.parametrize("lr_power", [-0.6, -3.0, 0.0, 0.5])
+def test_a_power_of_a_special_value(lr_power, isa):
+    """The new param is 1/(1 + v^-lr_power); an infinite v is that of test_special_values_match_the_oracle."""
+    v = np.array([0, -0.0, 1, 2.0**-127, 3e38, 2.0**-126, -1, -np.inf, np.nan], np.float32)
+    n = len(v)
+    param, z, grad = np.zeros(n, np.float32), np.full(n, -1, np.float32), np.zeros(n, np.float32)
+    run("ftrl_power", [param, v.copy(), z, grad], {"lr": 1.0, "lr_power": lr_power, "beta": 1.0})
+    flushed = np.where(np.abs(v) < 2.0**-126, 0, v).astype(np.float64)
+    with np.errstate(all="ignore"):
+        power = np.where(flushed >= 0, np.abs(flushed) ** -np.float64(np.float32(lr_power)), np.nan)
+        want = np.where(power < 2.0**-126, 1, np.where(power >= 2.0**128, np.nan, 1 / (1 + power)))
+    # Where the power of both accumulators is infinite, their difference is NaN, as the oracle's.
+    np.testing.assert_allclose(param, want, rtol=3e-7)
+
+
 @rules
 @dtypes
 def test_a_nan_stays(rule, dtype, isa):
