@@ -21,7 +21,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "rules/number.h"
+#include "rules/exponential.h"
 
 namespace wdops {
 

@@ -2,7 +2,7 @@
 // a rule is an expression that XLA compiles.
 #pragma once
 
-#include "rules/number.h"
+#include "rules/exponential.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/primitive_util.h"
