@@ -577,3 +577,36 @@ def test_fit_eagerly():
         weights.append(model.get_weights())
     for g, w in zip(*weights, strict=True):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda a, b: tf.matmul(a, b, transpose_a=True), True),
+        (lambda a, b: tf.add_n([tf.matmul(a, b, transpose_a=True)] * 2), True),
+        (lambda a, b: tf.matmul(a, b, transpose_a=True) + tf.matmul(2 * a, b, transpose_a=True), True),
+        (lambda a, b: tf.cast(tf.matmul(tf.cast(a, "float64"), tf.cast(b, "float64"), transpose_a=True), "float32"), True),
+        (lambda a, b: tf.matmul(a, b), False),
+        (lambda a, b: tf.matmul(a, b, transpose_b=True), False),
+        (lambda a, b: tf.matmul(a, b, transpose_a=True, transpose_b=True), False),
+        (lambda a, b: tf.matmul(a, b, transpose_a=True) + tf.matmul(a[:, :1], b, transpose_a=True), False),
+        (lambda a, b: tf.matmul(a, b, transpose_a=True) + a, False),
+        (lambda a, b: 2 * tf.matmul(a, b, transpose_a=True), False),
+        (lambda a, b: tf.cast(tf.matmul(tf.complex(a, b), tf.complex(b, a), transpose_a=True), "float32"), False),
+    ],
+    ids=["product", "AddN", "sum", "cast", "plain", "other side", "both", "broadcast", "half", "scaled", "complex"],
+)  # fmt: skip
+def test_only_what_is_a_product_has_factors(make, found):
+    """Of square matrices, where a wrong one has the right shape."""
+    a, b = (np.random.default_rng(seed).normal(size=(6, 6)).astype("float32") for seed in range(2))
+    seen = []
+
+    @tf.function
+    def both():
+        grad = make(tf.identity(a), tf.identity(b))
+        seen.append(wdops.factored.factors_of(grad))
+        return grad, grad if seen[0] is None else seen[0].values
+
+    grad, product = both()
+    assert (seen[0] is not None) == found
+    np.testing.assert_allclose(grad, product, rtol=0, atol=1e-5)

@@ -77,7 +77,7 @@ def factors_of(grad: Any) -> FactoredGradient | None:
     """
     if isinstance(grad, FactoredGradient):
         return grad
-    if not tf.is_tensor(grad) or not hasattr(grad, "graph") or grad.shape.rank != 2:
+    if not tf.is_tensor(grad) or not hasattr(grad, "graph") or grad.shape.rank != 2 or not grad.dtype.is_floating:
         return None
     op = grad.op
     if op.type == "MatMul" and op.get_attr("transpose_a") and not op.get_attr("transpose_b"):
@@ -85,11 +85,16 @@ def factors_of(grad: Any) -> FactoredGradient | None:
     if op.type in ("Identity", "Cast"):
         found = factors_of(op.inputs[0])
         return None if found is None else found.cast(grad.dtype)
-    if op.type in ("AddN", "AddV2"):
+    if op.type == "AddN" or (op.type == "AddV2" and _are_of_one_shape(*op.inputs)):
         parts = [factors_of(x) for x in op.inputs]
         if all(part is not None for part in parts):
             return FactoredGradient(*(tf.concat([getattr(p, n) for p in parts], 0) for n in ("x", "dz")))
     return None
+
+
+def _are_of_one_shape(a: tf.Tensor, b: tf.Tensor) -> bool:
+    """Whether a sum surely broadcasts neither of them."""
+    return a.shape.is_fully_defined() and a.shape == b.shape
 
 
 def worthwhile(grad: FactoredGradient, products: int) -> FactoredGradient | tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
