@@ -585,7 +585,7 @@ def test_fit_eagerly():
         (lambda a, b: tf.matmul(a, b, transpose_a=True), True),
         (lambda a, b: tf.add_n([tf.matmul(a, b, transpose_a=True)] * 2), True),
         (lambda a, b: tf.matmul(a, b, transpose_a=True) + tf.matmul(2 * a, b, transpose_a=True), True),
-        (lambda a, b: tf.cast(tf.matmul(tf.cast(a, "float64"), tf.cast(b, "float64"), transpose_a=True), "float32"), True),
+        (lambda a, b: tf.cast(tf.matmul(*(tf.cast(x, "double") for x in (a, b)), transpose_a=True), "float32"), True),
         (lambda a, b: tf.matmul(a, b), False),
         (lambda a, b: tf.matmul(a, b, transpose_b=True), False),
         (lambda a, b: tf.matmul(a, b, transpose_a=True, transpose_b=True), False),
