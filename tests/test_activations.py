@@ -402,3 +402,23 @@ def test_shapes_are_known_while_tracing():
 
 def test_bfloat16_arrays_stay_bfloat16():
     assert ops.relu(np.ones(3, ml_dtypes.bfloat16)).dtype == tf.bfloat16
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+def test_second_order_of_unknown_rank(data_format):
+    rng = np.random.default_rng(0)
+    x, bias = (tf.constant(rng.normal(size=s)) for s in ((3, 4, 4), (4,)))
+
+    def second(x, bias):
+        with tf.GradientTape() as outer:
+            outer.watch([x, bias])
+            with tf.GradientTape() as inner:
+                inner.watch([x, bias])
+                loss = tf.reduce_sum(wdops.ops.elu(x, bias, data_format=data_format) ** 3)
+            first = inner.gradient(loss, [x, bias])
+            total = tf.reduce_sum(first[0] ** 2) + tf.reduce_sum(first[1] ** 2)
+        return outer.gradient(total, [x, bias])
+
+    unknown = tf.function(second, input_signature=[tf.TensorSpec(None, tf.float64)] * 2)
+    for got, want in zip(unknown(x, bias), second(x, bias), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12)

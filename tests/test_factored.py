@@ -527,15 +527,74 @@ def test_dense_hands_over_factors(mode, dims, policy):
     np.testing.assert_allclose(*kernels, rtol=0, atol=tolerance * np.abs(kernels[1]).max())
 
 
-def test_dense_called_twice_on_a_tape_has_its_whole_gradient_eagerly():
+EAGER = {
+    "sgd": lambda o: o.SGD(0.1),
+    "adam": lambda o: o.Adam(1e-2),
+    "clipped by value": lambda o: o.Adam(1e-2, clipvalue=0.01),
+    "clipped by norm": lambda o: o.RMSprop(1e-2, clipnorm=0.1),
+    "averaged": lambda o: o.AdamW(1e-2, use_ema=True, global_clipnorm=0.1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is not factored")
+@pytest.mark.parametrize("options", EAGER)
+@pytest.mark.parametrize("module", ["wdops", "keras"])
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_eager_training_of_a_layer_that_is_called_several_times(calls, module, options):
+    """Joined by the tape, factors would be rows of a sparse gradient, and each row a gradient of its own."""
     x, _ = data(7)
-    grads = []
+    kernels = []
     for factored in (True, False):
         layer = dense(factored_gradient=factored)
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(layer(x) ** 2) + tf.reduce_mean(layer(2 * x) ** 2)
-        grads.append(tf.convert_to_tensor(tape.gradient(loss, layer.kernel.value)))
-    np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-6)
+        optimizer = EAGER[options]({"wdops": wdops, "keras": keras}[module].optimizers)
+        optimizer.build(layer.trainable_variables)
+        for _ in range(3):
+            with tf.GradientTape() as tape:
+                loss = tf.add_n([tf.reduce_mean(layer((k + 1) * x) ** 2) for k in range(calls)])
+            grads = tape.gradient(loss, layer.trainable_variables)
+            assert isinstance(grads[0], FactoredGradient) == (factored and calls == 1)
+            optimizer.apply(grads, layer.trainable_variables)
+        kernels.append(layer.kernel.numpy())
+    np.testing.assert_allclose(*kernels, rtol=0, atol=2e-5)
+
+
+def test_what_is_computed_from_factors_is_computed_from_the_gradient():
+    x, dz = factors("float32", 5, 3, 4)
+    grad, whole = FactoredGradient(x, dz), product(x, dz)
+    for got, want in [
+        (2 * grad, 2 * whole), (grad * 2.0, 2 * whole), (grad + whole, 2 * whole), (grad + grad, 2 * whole),
+        (1 - grad, 1 - whole), (grad / 3, whole / 3), (-grad, -whole), (abs(grad), abs(whole)), (grad**2, whole**2),
+        (np.asarray(grad), whole), (tf.norm(grad), np.linalg.norm(whole)),
+    ]:  # fmt: skip
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_product_that_fits_a_narrow_dtype_is_not_made_of_factors_that_do_not():
+    """A gradient that is compressed to float16 on its way: x alone would overflow there."""
+    x, y = data(7)
+    results = []
+    for factored in (True, False):
+        model = network(l2=0)
+        optimizer = wdops.optimizers.SGD(1e-6)
+        optimizer.build(model.trainable_variables)
+        if factored:
+            optimizer.factor_gradients(model)
+
+        @tf.function
+        def step(model=model, optimizer=optimizer):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(1e-4 * (model(1e5 * x) - y))
+            grads = tape.gradient(loss, model.trainable_variables)
+            grads = [tf.cast(tf.cast(g, tf.float16), tf.float32) for g in grads]
+            optimizer.apply(grads, model.trainable_variables)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step()
+        results.append([v.numpy() for v in model.trainable_variables])
+    for g, w in zip(*results, strict=True):
+        assert np.isfinite(w).all()
+        np.testing.assert_array_equal(g, w)
 
 
 def test_dense_with_a_keras_optimizer():

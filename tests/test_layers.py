@@ -291,3 +291,67 @@ def test_a_model_of_a_class_of_its_own_is_refused():
         wdops.convert(Mine(name="mine"))
     with pytest.raises(ValueError, match="m/mine is a Mine"):
         wdops.convert(keras.Sequential([keras.Input((5,)), Mine(name="mine")], name="m"))
+
+
+def adapted():
+    numbers = keras.layers.Normalization()
+    numbers.adapt(inputs(50, 2) * 3 + 30)
+    bins = keras.layers.Discretization(num_bins=4, output_mode="one_hot")
+    bins.adapt(inputs(50, 1))
+    words = keras.layers.TextVectorization(output_mode="multi_hot")
+    words.adapt(["a b", "c d e"])
+    lookup = keras.layers.IntegerLookup(output_mode="multi_hot")
+    lookup.adapt(np.array([3, 5, 7]))
+    return {
+        "numbers": (numbers, inputs(6, 2) * 3 + 30),
+        "bins": (bins, inputs(6, 1)),
+        "words": (words, np.array(["a c", "z", "e e", "d"])),
+        "lookup": (lookup, np.array([[3], [9], [7]])),
+    }
+
+
+@pytest.mark.parametrize("kind", ["numbers", "bins", "words", "lookup"])
+def test_convert_keeps_what_preprocessing_has_learned(kind):
+    layer, x = adapted()[kind]
+    x = tf.constant(x if x.ndim > 1 else x[:, None])
+    model = keras.Sequential([keras.Input(x.shape[1:], dtype=x.dtype), layer, keras.layers.Dense(3, activation="elu")])
+    want = model(x)
+    converted = wdops.convert(model).model
+    assert type(converted.layers[-1]) is layers.Dense
+    np.testing.assert_allclose(converted(x), want, rtol=1e-6, atol=1e-6)
+
+
+def test_convert_compiles_with_functions_that_no_config_has():
+    def own_loss(y, prediction):
+        return tf.reduce_mean(tf.abs(y - prediction))
+
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1, activation="elu")])
+    metric, optimizer = keras.metrics.MeanSquaredError(), wdops.optimizers.Adam(0.3)
+    model.compile(optimizer, own_loss, metrics=[metric], jit_compile=True)
+    model.fit(inputs(8, 5), inputs(8, 1), verbose=0)
+    converted = wdops.convert(model).model
+    assert model.compiled and converted.loss is own_loss and converted.jit_compile
+    assert converted.optimizer is not optimizer and float(converted.optimizer.learning_rate) == pytest.approx(0.3)
+    got, want = (m.evaluate(inputs(8, 5), inputs(8, 1), verbose=0) for m in (converted, model))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert metric not in converted.metrics
+
+
+def test_convert_of_a_frozen_model():
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1)])
+    model.trainable = False
+    converted = wdops.convert(model).model
+    assert not converted.trainable and not converted.trainable_variables
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [keras.layers.ELU(float("inf")), type("Own", (), {"__call__": lambda self, x: 2 * x, "__hash__": None})()],
+    ids=["inf", "unhashable"],
+)
+def test_what_does_not_fuse_goes_keras_way(activation):
+    theirs, ours = (c(4, activation=activation) for c in (keras.layers.Dense, layers.Dense))
+    for layer in (theirs, ours):
+        layer.build((None, 5))
+    ours.set_weights(theirs.get_weights())
+    np.testing.assert_array_equal(ours(inputs(6, 5)), theirs(inputs(6, 5)))

@@ -187,15 +187,21 @@ Sums GradientSums(const void* step_bytes, const Chunk& chunk) {
     });
   };
   const auto with_penalty = [&](const auto& total) {
-    return AddUp(chunk.n, [&](int64_t i) {
-      const S param = Load(a.param[i]);
-      const double p = param, g = total(i) + gradient.Penalty(param);
-      if constexpr (std::is_same_v<T, double>) {
-        return std::array{g * g, Abs(p), p * p, g - g};
-      } else {
-        return std::array{g * g, Abs(p), p * p};
-      }
-    });
+    const auto sums = [&](const auto&... of_param) {
+      return AddUp(chunk.n, [&](int64_t i) {
+        const S param = Load(a.param[i]);
+        const double g = total(i) + gradient.Penalty(param);
+        if constexpr (std::is_same_v<T, double>) {
+          return std::array{g * g, of_param(param)..., g - g};
+        } else {
+          return std::array{g * g, of_param(param)...};
+        }
+      });
+    };
+    const auto square = [](double p) { return p * p; };
+    if (gradient.l1 != 0) return sums([](double p) { return Abs(p); }, square);
+    const Sums found = sums(square);
+    return Sums{found.a, 0, found.b, found.c};
   };
   if (chunk.param) {
     return chunk.accumulator ? with_penalty(mean) : with_penalty(scaled);

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from wdops._load import raw_ops
@@ -10,6 +11,13 @@ from wdops._load import raw_ops
 # that is taken of each element needs the product before the step does. Beyond, a gradient that is made once, and
 # written, costs less time. Measured in benchmarks/factored.py.
 MOST_ROWS = {1: 512, 2: 64}
+_FLOATS = (tf.float32, tf.float64)
+_WIDER = {
+    tf.float16: (tf.float16, *_FLOATS),
+    tf.bfloat16: (tf.bfloat16, *_FLOATS),
+    tf.float32: _FLOATS,
+    tf.float64: _FLOATS[1:],
+}
 
 
 class FactoredGradient(tf.IndexedSlices):
@@ -64,9 +72,31 @@ class FactoredGradient(tf.IndexedSlices):
     def numpy(self) -> Any:
         return self.values.numpy()
 
-    def cast(self, dtype: tf.DType) -> "FactoredGradient":
-        """The same in another dtype: the factors are cast, and so the product is rounded once."""
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.array(self.numpy(), dtype)
+
+    def cast(self, dtype: tf.DType) -> "FactoredGradient | tf.Tensor":
+        """The same in another dtype: factors that are cast, and so rounded once as a product.
+
+        A dtype that does not hold all that the factors may be gets the product, which may well fit.
+        """
+        dtype = tf.as_dtype(dtype)
+        if dtype not in _WIDER[self.dtype]:
+            return tf.cast(self.values, dtype)
         return FactoredGradient(tf.cast(self.x, dtype), tf.cast(self.dz, dtype))
+
+
+def _by_values(operator: str) -> Any:
+    def compute(grad: FactoredGradient, *others: Any) -> Any:
+        others = tuple(x.values if isinstance(x, FactoredGradient) else x for x in others)
+        return getattr(grad.values, operator)(*others)
+
+    return compute
+
+
+# What is computed from it is computed from the gradient.
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "pow", "neg", "abs"):
+    setattr(FactoredGradient, f"__{_name}__", _by_values(f"__{_name}__"))
 
 
 def factors_of(grad: Any) -> FactoredGradient | None:
@@ -77,14 +107,14 @@ def factors_of(grad: Any) -> FactoredGradient | None:
     """
     if isinstance(grad, FactoredGradient):
         return grad
-    if not tf.is_tensor(grad) or not hasattr(grad, "graph") or grad.shape.rank != 2 or not grad.dtype.is_floating:
+    if not tf.is_tensor(grad) or not hasattr(grad, "graph") or grad.shape.rank != 2 or grad.dtype not in _WIDER:
         return None
     op = grad.op
     if op.type == "MatMul" and op.get_attr("transpose_a") and not op.get_attr("transpose_b"):
         return FactoredGradient(*op.inputs)
     if op.type in ("Identity", "Cast"):
         found = factors_of(op.inputs[0])
-        return None if found is None else found.cast(grad.dtype)
+        return found.cast(grad.dtype) if found is not None and grad.dtype in _WIDER[found.dtype] else None
     if op.type == "AddN" or (op.type == "AddV2" and _are_of_one_shape(*op.inputs)):
         parts = [factors_of(x) for x in op.inputs]
         if all(part is not None for part in parts):

@@ -486,6 +486,7 @@ class FusedStep(keras.optimizers.Optimizer):
             if found is not None:
                 return found
             self._warn_of_whole(kernel)
+            return tf.convert_to_tensor(grad)
         if isinstance(grad, factored.FactoredGradient):
             return grad
         # Keras's code for sparse gradients asks hyperparameters for their value while it is traced.
@@ -528,7 +529,9 @@ class FusedStep(keras.optimizers.Optimizer):
             batch.index.append(self._get_variable_index(variable))
             batch.variables.append(variable)
             if isinstance(grad, factored.FactoredGradient):
-                batch.grads.append(factored.worthwhile(grad.cast(variable.dtype), products))
+                grad = grad.cast(variable.dtype)
+            if isinstance(grad, factored.FactoredGradient):
+                batch.grads.append(factored.worthwhile(grad, products))
             else:
                 batch.grads.append(tf.cast(grad, variable.dtype))
         return list(batches.values())

@@ -1,23 +1,28 @@
 """Keras's Dense with bias and activation in one pass, forward and backward, and models that are converted to it."""
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+import math
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.models.functional import Functional  # private: what keras.Model(inputs, outputs) is
 
 from wdops import ops
 from wdops.factored import FactoredGradient
 
-_FUNCTIONS = {
-    keras.activations.elu: ops.elu,
-    keras.activations.relu: ops.relu,
-    keras.activations.leaky_relu: ops.leaky_relu,
-    keras.activations.selu: ops.selu,
-}
+_FUNCTIONS = (
+    (keras.activations.elu, ops.elu),
+    (keras.activations.relu, ops.relu),
+    (keras.activations.leaky_relu, ops.leaky_relu),
+    (keras.activations.selu, ops.selu),
+)
 
 
 def _fused(activation: Any) -> Callable[..., tf.Tensor] | None:
@@ -25,23 +30,46 @@ def _fused(activation: Any) -> Callable[..., tf.Tensor] | None:
     kind = type(activation)
     if kind is keras.layers.Activation:
         return _fused(activation.activation)
-    if kind is keras.layers.ELU and activation.alpha >= 0:
+    if kind is keras.layers.ELU and 0 <= activation.alpha < math.inf:
         return functools.partial(ops.elu, alpha=activation.alpha)
-    if kind is keras.layers.LeakyReLU:
+    if kind is keras.layers.LeakyReLU and activation.negative_slope < math.inf:
         return functools.partial(ops.leaky_relu, alpha=activation.negative_slope)
     if kind is keras.layers.ReLU and activation.max_value is None and activation.threshold == 0:
         return functools.partial(ops.leaky_relu, alpha=activation.negative_slope)
-    return None if isinstance(activation, keras.Layer) else _FUNCTIONS.get(activation)
+    # Not every callable is hashable.
+    return next((op for function, op in _FUNCTIONS if function is activation), None)
 
 
-@tf.custom_gradient
-def _factored_matmul(x: tf.Tensor, kernel: tf.Tensor) -> Any:
-    cast = tf.cast(kernel, x.dtype)
+# The calls of each layer that a tape still holds, outside a tf.function.
+_held: "weakref.WeakKeyDictionary[keras.Layer, weakref.WeakSet]" = weakref.WeakKeyDictionary()
 
-    def gradient(dz: tf.Tensor) -> tuple[tf.Tensor, FactoredGradient]:
-        return tf.matmul(dz, cast, transpose_b=True), FactoredGradient(x, dz).cast(kernel.dtype)
 
-    return tf.matmul(x, cast), gradient
+class _Call:
+    """Lives as long as the gradient function of a call does."""
+
+
+def _factored_matmul(layer: keras.Layer, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    """The product, whose gradient is a FactoredGradient, unless a tape holds another call of the layer.
+
+    A tape would join two of those as the rows of a sparse gradient, each of which optimizers take for a gradient.
+    """
+    calls = _held.setdefault(layer, weakref.WeakSet())
+
+    @tf.custom_gradient
+    def matmul(x: tf.Tensor, kernel: tf.Tensor) -> Any:
+        cast = tf.cast(kernel, x.dtype)
+        call = _Call()
+        calls.add(call)
+
+        def gradient(dz: tf.Tensor, call: _Call = call) -> tuple[tf.Tensor, Any]:
+            factors = FactoredGradient(x, dz)
+            alone = len(calls) == 1
+            of_kernel = factors.cast(kernel.dtype) if alone else tf.cast(factors.values, kernel.dtype)
+            return tf.matmul(dz, cast, transpose_b=True), of_kernel
+
+        return tf.matmul(x, cast), gradient
+
+    return matmul(x, kernel)
 
 
 @keras.saving.register_keras_serializable("wdops")
@@ -56,7 +84,8 @@ class Dense(keras.layers.Dense):
 
     With `factored_gradient`, the optimizers of wdops step the kernel from the factors of its gradient and never form
     it, as `optimizer.factor_gradients` says: in a `tf.function` and eagerly, where the kernel's gradient is a
-    `wdops.factored.FactoredGradient`. Called twice on one tape outside a `tf.function`, it forms the gradient.
+    `wdops.factored.FactoredGradient`. While a tape outside a `tf.function` holds another call of the layer, it forms
+    the gradient.
 
     Args:
       factored_gradient: default False.
@@ -103,7 +132,7 @@ class Dense(keras.layers.Dense):
         # Past the autocast, so that the factors and not their product pass the gradient of a cast.
         kernel = tf.convert_to_tensor(self._kernel._value)
         rows = tf.reshape(inputs, [-1, kernel.shape[0]])
-        return tf.reshape(_factored_matmul(rows, kernel), [*inputs.shape[:-1], kernel.shape[1]])
+        return tf.reshape(_factored_matmul(self, rows, kernel), [*inputs.shape[:-1], kernel.shape[1]])
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -185,18 +214,63 @@ def convert(model: keras.Model) -> Converted:
             replaced[path] = f"wdops.layers.Dense, {name} {'fused' if fused else 'by Keras'}"
         return new
 
-    new_model = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    with _not_compiled(list(models.values())):
+        new_model = keras.models.clone_model(model, clone_function=clone, recursive=True)
     old_variables, new_variables = model.variables, new_model.variables
     if [v.shape for v in old_variables] != [v.shape for v in new_variables]:
         raise ValueError(
             f"the copy of {model.name!r} has other variables: {[v.path for v in new_variables]}, not "
             f"{[v.path for v in old_variables]}"
         )
+    if not model.trainable:
+        new_model.trainable = False
     for old, new in zip(old_variables, new_variables, strict=True):
         new.assign(old)
         if old.trainable != new.trainable:
             new.trainable = old.trainable
+    for old, new in zip(*([x for x in m._flatten_layers() if _learns(x)] for m in (model, new_model)), strict=True):
+        _copy_learned(old, new)
+    if model.compiled:
+        new_model.compile(**{name: _fresh(value) for name, value in model._compile_config.config.items()})
     return Converted(new_model, replaced, left)
+
+
+@contextlib.contextmanager
+def _not_compiled(models: list[keras.Model]) -> Iterator[None]:
+    """Keeps Keras from compiling a copy from a config, which losses and metrics of the user's own may not have."""
+    compiled = [model for model in models if model.compiled]
+    for model in compiled:
+        model.compiled = False
+    try:
+        yield
+    finally:
+        for model in compiled:
+            model.compiled = True
+
+
+def _fresh(value: Any) -> Any:
+    """An argument of `compile` for another model: optimizers and metrics have variables, and are made anew."""
+
+    def copy(x: Any) -> Any:
+        return type(x).from_config(x.get_config()) if isinstance(x, (keras.Optimizer, keras.Metric)) else x
+
+    return keras.tree.map_structure(copy, value)
+
+
+def _learns(layer: keras.Layer) -> bool:
+    """Whether this is a preprocessing layer, which keeps what it learned not in variables alone."""
+    return hasattr(layer, "finalize_state")
+
+
+def _copy_learned(old: keras.Layer, new: keras.Layer) -> None:
+    """As saving and loading does it."""
+    store: dict[str, Any] = {}
+    old.save_own_variables(store)
+    new.load_own_variables({name: np.array(value) for name, value in store.items()})
+    if hasattr(old, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
 
 
 def _models_of(model: keras.Model, path: str) -> dict[str, keras.Model]:

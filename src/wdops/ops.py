@@ -174,7 +174,7 @@ def _activate(op: Callable[..., Any], x: Any, bias: Any, data_format: str, name:
 
 def _check_alpha(alpha: Any) -> float:
     if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number, but is {alpha!r}")
+        raise ValueError(f"alpha must be a finite Python number, but is {alpha!r}")
     if alpha < 0:
         raise ValueError(
             f"alpha is {alpha}, but must not be negative: the gradient is made from the output, which then does not "
@@ -227,8 +227,10 @@ def _register_gradients(op_name: str, grad_op: Callable[..., Any], curved: bool)
     def gradient_of_gradient(op: Any, x_grad_grad: tf.Tensor, *bias_grad_grad: tf.Tensor) -> list[Any]:
         grad, output, *hypers = op.inputs
         for of_bias in bias_grad_grad:  # an element of x_grad is in one sum
-            axis = 1 if tf.compat.as_str(op.get_attr("data_format")) == "NCHW" else len(output.shape) - 1
-            x_grad_grad += tf.reshape(of_bias, [-1 if i == axis else 1 for i in range(len(output.shape))])
+            if tf.compat.as_str(op.get_attr("data_format")) == "NCHW":
+                behind = tf.ones(tf.rank(output) - 2, tf.int32)
+                of_bias = tf.reshape(of_bias, tf.concat([[1, -1], behind], 0))
+            x_grad_grad += of_bias
         grad_grad, _ = grad_op(x_grad_grad, output, *hypers, B=0)
         output_grad = tf.where(output > 0, tf.zeros_like(output), grad * x_grad_grad) if curved else None
         return [grad_grad, output_grad, *[None] * len(hypers)]
