@@ -344,8 +344,8 @@ def test_relu_of_an_infinite_gradient_is_0_where_it_is_off():
     [
         (lambda: ops.elu([1.0], alpha=-0.5), r"alpha is -0\.5, but must not be negative: the gradient .* output"),
         (lambda: ops.leaky_relu([1.0], alpha=-1), r"alpha is -1, but must not be negative"),
-        (lambda: ops.elu([1.0], alpha=float("nan")), "alpha must be a finite number, but is nan"),
-        (lambda: ops.elu([1.0], alpha=tf.constant(1.0)), "alpha must be a finite number"),
+        (lambda: ops.elu([1.0], alpha=float("nan")), "alpha must be a finite Python number, but is nan"),
+        (lambda: ops.elu([1.0], alpha=tf.constant(1.0)), "alpha must be a finite Python number"),
         (lambda: ops.relu(tf.constant([1, 2])), r"x has dtype int32, but must have one of \['float32'"),
         (lambda: ops.relu([1.0], tf.constant([1.0], tf.float64)), "bias has dtype float64, but x has dtype float32"),
         (lambda: ops.relu([1.0], [1.0], data_format="NWC"), "data_format is 'NWC', but must be 'NHWC' or 'NCHW'"),

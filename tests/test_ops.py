@@ -322,7 +322,7 @@ def test_the_bare_op_checks_that_its_lists_are_of_one_length(mode):
 
     def call(n, grads):
         raw_ops.wdops_apply_sgd(
-            var=[variable.handle] * n, accumulator=[], average=[], grad=[tf.ones(4)] * grads, **hypers
+            var=[variable.handle] * n, accumulator=[], average=[], grad=[tf.ones(4)] * grads, factor=[], **hypers
         )
 
     for n, grads in ((1, 3), (3, 1)):

@@ -208,7 +208,7 @@ def blocks(language, text=README):
 
 def test_the_examples_of_the_readme_run():
     examples = blocks("python", README.partition("## Add a rule")[0])
-    assert len(examples) == 5
+    assert len(examples) == 6
     python("\n".join(examples))  # the later ones go on with the model of the first
 
 
