@@ -633,6 +633,25 @@ def test_dense_with_a_keras_optimizer():
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("activation", [None, "softmax", "tanh"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_dense_hands_over_factors_whatever_its_activation(activation, use_bias):
+    x, _ = data(7)
+    layer = wdops.layers.Dense(5, activation=activation, use_bias=use_bias, factored_gradient=True)
+    theirs = keras.layers.Dense(5, activation=activation, use_bias=use_bias)
+    for one in (layer, theirs):
+        one.build((None, 24))
+    theirs.set_weights(layer.get_weights())
+    grads = []
+    for one in (layer, theirs):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(one(x) ** 2)
+        grads.append(tape.gradient(loss, one.kernel.value))
+    assert isinstance(grads[0], FactoredGradient)
+    np.testing.assert_allclose(grads[0].values, grads[1], rtol=1e-4, atol=1e-6)
+
+
 def test_dense_is_saved_with_its_choice(tmp_path):
     model = keras.Sequential([keras.Input((24,)), dense(factored_gradient=True)])
     model.save(tmp_path / "model.keras")

@@ -108,19 +108,26 @@ class Dense(keras.layers.Dense):
         self._kernel.factored_gradient = self.factored_gradient
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        fused = self._fused_activation()
-        if fused is None:
+        if not self._is_plain:
             return super().call(inputs, training=training)
         product = self._matmul(inputs)
+        fused = self._fused_activation()
         bias = None if self.bias is None else tf.convert_to_tensor(self.bias)
-        if bias is not None and bias.dtype != product.dtype:  # with autocast=False; Keras promotes
-            return self.activation(keras.ops.add(product, bias))
-        return fused(product, bias)
+        # With autocast=False the dtypes may differ; Keras promotes.
+        if fused is not None and (bias is None or bias.dtype == product.dtype):
+            return fused(product, bias)
+        biased = product if bias is None else keras.ops.add(product, bias)
+        return biased if self.activation is None else self.activation(biased)
 
-    def _fused_activation(self) -> Callable[..., tf.Tensor] | None:
+    @property
+    def _is_plain(self) -> bool:
+        """Whether it is a product of floats by one kernel."""
         plain = not self.lora_enabled and self.quantization_mode is None
         floats = self.compute_dtype in {dtype.name for dtype in ops.DTYPES}
-        if not plain or not floats or keras.backend.backend() != "tensorflow":
+        return plain and floats and keras.backend.backend() == "tensorflow"
+
+    def _fused_activation(self) -> Callable[..., tf.Tensor] | None:
+        if not self._is_plain:
             return None
         if isinstance(self.activation, keras.Layer) and self.activation.compute_dtype != self.compute_dtype:
             return None
