@@ -6,8 +6,8 @@
 #include <array>
 #include <cstdint>
 
+#include "cpu/sweep.h"
 #include "rules/activation.h"
-#include "rules/table.h"
 
 namespace wdops::cpu {
 
@@ -38,14 +38,14 @@ class Blocks {
       rows_ = 1;
       columns_ = kPiece;
     } else {
-      const int64_t least = (kPeriod - 1) / (channels * inner) + 1;
+      const int64_t least = Ceil(kPeriod, channels * inner);
       period_ = std::min(least, outer) * channels * inner;
       rows_ = kRows;
-      const int64_t blocks = Quotient(period_, kColumns);
-      columns_ = Quotient(Quotient(period_, blocks), kLine) * kLine;
+      const int64_t blocks = Ceil(period_, kColumns);
+      columns_ = Ceil(Ceil(period_, blocks), kLine) * kLine;
     }
-    across_ = Quotient(period_, columns_);
-    down_ = Quotient(Quotient(n_, period_), rows_);
+    across_ = Ceil(period_, columns_);
+    down_ = Ceil(Ceil(n_, period_), rows_);
   }
 
   int64_t Count() const { return across_ * down_; }
@@ -66,7 +66,7 @@ class Blocks {
 
   Rows At(int64_t block) const {
     const int64_t row = block / across_ * rows_, column = Column(block);
-    const int64_t rows = Quotient(n_, period_), last = (rows - 1) * period_;
+    const int64_t rows = Ceil(n_, period_), last = (rows - 1) * period_;
     const int64_t columns = std::min(columns_, period_ - column);
     Rows at{row * period_ + column, std::min(rows_, rows - row), period_,
             int(columns), int(columns)};
@@ -79,7 +79,6 @@ class Blocks {
  private:
   static constexpr int64_t kInner = 256, kPiece = 1 << 16, kPeriod = 512,
                            kRows = 256, kColumns = 1024, kLine = 16;
-  static int64_t Quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   int64_t channels_, inner_, n_;
   bool uniform_;

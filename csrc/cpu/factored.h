@@ -20,10 +20,8 @@ struct Factored {
   static constexpr int64_t kRowStep = 8, kColumnStep = 64;
   int64_t TileColumns() const {
     constexpr int64_t kMost = 4096;
-    const int64_t across = std::max<int64_t>(1, (columns + kMost - 1) / kMost);
-    if (across == 1) return columns;
-    return ((columns + across - 1) / across + kColumnStep - 1) / kColumnStep *
-           kColumnStep;
+    if (columns <= kMost) return columns;
+    return Ceil(Ceil(columns, Ceil(columns, kMost)), kColumnStep) * kColumnStep;
   }
   int64_t TileRows() const {
     const int64_t most = 2 * kChunk / std::max<int64_t>(1, TileColumns());
@@ -34,10 +32,6 @@ struct Factored {
   int64_t Tiles() const {
     if (rows == 0 || columns == 0) return 0;
     return Ceil(rows, TileRows()) * TilesAcross();
-  }
-
-  static int64_t Ceil(int64_t n, int64_t size) {
-    return size == 0 ? 0 : (n + size - 1) / size;
   }
 };
 

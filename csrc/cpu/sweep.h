@@ -14,7 +14,10 @@ namespace wdops::cpu {
 // threads nor instruction set.
 inline constexpr int64_t kChunk = 16384;
 
-inline int64_t Chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
+// How many of `size` hold n.
+inline int64_t Ceil(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+inline int64_t Chunks(int64_t n) { return Ceil(n, kChunk); }
 
 // One run of one variable, a chunk or less: arrays of n elements that do not
 // overlap.

@@ -29,10 +29,18 @@ class ActivationOp : public tensorflow::OpKernel {
     OP_REQUIRES_OK(ctx, MakeActivationInputs(ctx->def().op(), ctx, &inputs_));
   }
 
-  void Compute(OpKernelContext* ctx) override { OP_REQUIRES_OK(ctx, Run(ctx)); }
+  void Compute(OpKernelContext* ctx) override {
+    const cpu::Kernels* kernels;
+    OP_REQUIRES_OK(ctx, FindKernels(&kernels));
+    double hyper[kMaxActivationHypers];
+    OP_REQUIRES_OK(ctx, Hypers(ctx, hyper));
+    OP_REQUIRES_OK(ctx, Run(ctx, *kernels->activations, hyper));
+  }
 
  protected:
-  virtual absl::Status Run(OpKernelContext* ctx) = 0;
+  virtual absl::Status Run(OpKernelContext* ctx,
+                           const cpu::ActivationKernels& kernels,
+                           const double* hyper) = 0;
 
   absl::Status Hypers(OpKernelContext* ctx, double* hyper) const {
     for (int j = 0; j < inputs_.info->hypers.size; ++j) {
@@ -77,11 +85,8 @@ class OutputOp : public ActivationOp {
   using ActivationOp::ActivationOp;
 
  private:
-  absl::Status Run(OpKernelContext* ctx) override {
-    const cpu::Kernels* kernels;
-    TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    double hyper[kMaxActivationHypers];
-    TF_RETURN_IF_ERROR(Hypers(ctx, hyper));
+  absl::Status Run(OpKernelContext* ctx, const cpu::ActivationKernels& kernels,
+                   const double* hyper) override {
     const Tensor& x = ctx->input(0);
     if (inputs_.biased) {
       TF_RETURN_IF_ERROR(CheckBias(inputs_, x.shape(), ctx->input(1).shape()));
@@ -96,8 +101,7 @@ class OutputOp : public ActivationOp {
     const int64_t size = kDTypeBytes[dtype];
     const Tensor bias =
         inputs_.biased ? Repeated(ctx->input(1), *blocks) : Tensor();
-    const cpu::Activate activate =
-        kernels->activations->output[inputs_.activation][dtype];
+    const cpu::Activate activate = kernels.output[inputs_.activation][dtype];
     Share(ctx, blocks->Count(), 2 * x.TotalBytes(),
           [&](int64_t block, int64_t end) {
             for (; block < end; ++block) {
@@ -139,11 +143,8 @@ class GradOp : public ActivationOp {
   using ActivationOp::ActivationOp;
 
  private:
-  absl::Status Run(OpKernelContext* ctx) override {
-    const cpu::Kernels* kernels;
-    TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    double hyper[kMaxActivationHypers];
-    TF_RETURN_IF_ERROR(Hypers(ctx, hyper));
+  absl::Status Run(OpKernelContext* ctx, const cpu::ActivationKernels& kernels,
+                   const double* hyper) override {
     const Tensor &grad = ctx->input(0), &y = ctx->input(1);
     TF_RETURN_IF_ERROR(CheckOutput(grad.shape(), y.shape()));
     int64_t channels = 0;
@@ -163,7 +164,7 @@ class GradOp : public ActivationOp {
     if (y.NumElements() > 0) {
       std::optional<cpu::Blocks> blocks;
       TF_RETURN_IF_ERROR(BlocksOf(y.shape(), &blocks));
-      Sweep(ctx, kernels->activations->gradient, hyper, *blocks, grad, y,
+      Sweep(ctx, kernels.gradient[inputs_.activation], hyper, *blocks, grad, y,
             x_grad, &totals);
     }
     if (!inputs_.biased) return absl::OkStatus();
@@ -179,13 +180,13 @@ class GradOp : public ActivationOp {
     return absl::OkStatus();
   }
 
-  template <class Kernels>
-  void Sweep(OpKernelContext* ctx, const Kernels& kernels, const double* hyper,
+  template <class PerDType>
+  void Sweep(OpKernelContext* ctx, const PerDType& kernels, const double* hyper,
              const cpu::Blocks& blocks, const Tensor& grad, const Tensor& y,
              Tensor* x_grad, std::vector<double>* totals) const {
     const DType dtype = FromTensorFlow(y.dtype());
     const int64_t size = kDTypeBytes[dtype];
-    const cpu::ActivateGrad activate = kernels[inputs_.activation][dtype];
+    const cpu::ActivateGrad activate = kernels[dtype];
     // Of each block's one channel, or of its columns.
     const int64_t of_blocks = !inputs_.biased ? 0
                               : blocks.Uniform()

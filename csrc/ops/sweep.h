@@ -190,7 +190,7 @@ class Gradients {
                            const tensorflow::Tensor& factor, int width,
                            tensorflow::Tensor* packed) {
     const int64_t batch = factor.dim_size(0), n = factor.dim_size(1);
-    const int64_t panels = cpu::Factored::Ceil(n, width);
+    const int64_t panels = cpu::Ceil(n, width);
     const int64_t panel_bytes = batch * width * ComputeBytes(one.dtype);
     TF_RETURN_IF_ERROR(ctx->allocate_temp(
         tensorflow::DT_UINT8, tensorflow::TensorShape({panels * panel_bytes}),

@@ -192,7 +192,8 @@ PYBIND11_MODULE(_native, m) {
   for (const RuleInfo& rule : kRules) {
     const std::vector<std::string> slots(rule.slots.begin(), rule.slots.end());
     rules.append(py::dict("name"_a = rule.name, "op"_a = rule.op,
-                          "slots"_a = slots, "hypers"_a = HyperNames(&rule)));
+                          "slots"_a = slots, "hypers"_a = HyperNames(&rule),
+                          "trust"_a = rule.trust));
   }
   m.attr("rules") = rules;
   m.attr("gradient_hypers") = HyperNames(nullptr);

@@ -4,7 +4,6 @@
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "xla/hlo.h"
-#include "xla/hlo/builder/lib/arithmetic.h"
 
 namespace wdops {
 namespace {
@@ -64,31 +63,12 @@ class ActivationXla : public tensorflow::XlaOpKernel {
     return absl::OkStatus();
   }
 
-  // On a CPU XLA adds up one row after another: four quarters of them at once
-  // take two thirds of the time.
   static xla::XlaOp SumOfChannels(xla::XlaOp x, int axis) {
-    constexpr int64_t kParts = 4;
     std::vector<int64_t> others;
-    const auto dimensions = Dimensions(x);
-    for (int64_t i = 0; i < int64_t(dimensions.size()); ++i) {
+    for (int64_t i = 0; i < int64_t(Dimensions(x).size()); ++i) {
       if (i != axis) others.push_back(i);
     }
-    xla::XlaBuilder* builder = x.builder();
-    const auto sum = [&](xla::XlaOp op) {
-      return xla::Reduce(op, xla::ConstantR0<double>(builder, 0),
-                         xla::CreateScalarAddComputation(xla::F64, builder),
-                         others);
-    };
-    const int64_t length = axis == 0 ? 0 : dimensions[0] / kParts;
-    if (length == 0) return sum(x);
-    const auto part = [&](int64_t begin, int64_t end) {
-      return xla::SliceInDim(x, begin, end, 1, 0);
-    };
-    xla::XlaOp parts = part(0, length);
-    for (int64_t k = 1; k < kParts; ++k) {
-      parts = xla::Add(parts, part(k * length, (k + 1) * length));
-    }
-    return xla::Add(sum(parts), sum(part(kParts * length, dimensions[0])));
+    return SumOver(x, others);
   }
 
   ActivationInputs inputs_;

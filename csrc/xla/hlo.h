@@ -3,6 +3,7 @@
 #pragma once
 
 #include "rules/exponential.h"
+#include "xla/hlo/builder/lib/arithmetic.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/primitive_util.h"
@@ -79,6 +80,30 @@ struct Scalar<Hlo<T>> {
 
 inline absl::Span<const int64_t> Dimensions(xla::XlaOp op) {
   return op.builder()->GetShapePtr(op).value()->dimensions();
+}
+
+// The sum of doubles over some dimensions. On a CPU XLA adds up one element, or
+// one row, after another, and waits 4 cycles for each: so where the first
+// dimension is one of them and long, its four quarters are added first.
+inline xla::XlaOp SumOver(xla::XlaOp x, absl::Span<const int64_t> over) {
+  constexpr int64_t kParts = 4;
+  xla::XlaBuilder* builder = x.builder();
+  const auto sum = [&](xla::XlaOp op) {
+    return xla::Reduce(op, xla::ConstantR0<double>(builder, 0),
+                       xla::CreateScalarAddComputation(xla::F64, builder),
+                       over);
+  };
+  const bool cut = !over.empty() && over[0] == 0;
+  const int64_t n = cut ? Dimensions(x)[0] : 0, length = n / kParts;
+  if (length == 0) return sum(x);
+  const auto part = [&](int64_t begin, int64_t end) {
+    return xla::SliceInDim(x, begin, end, 1, 0);
+  };
+  xla::XlaOp parts = part(0, length);
+  for (int64_t k = 1; k < kParts; ++k) {
+    parts = xla::Add(parts, part(k * length, (k + 1) * length));
+  }
+  return xla::Add(sum(parts), sum(part(kParts * length, n)));
 }
 
 // xla::Select wants three equal shapes.

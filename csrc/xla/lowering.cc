@@ -9,8 +9,6 @@
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "xla/hlo.h"
-#include "xla/hlo/builder/lib/arithmetic.h"
-#include "xla/shape_util.h"
 
 namespace wdops {
 namespace {
@@ -19,32 +17,13 @@ using tensorflow::DataType;
 using tensorflow::TensorShape;
 using tensorflow::XlaOpKernelContext;
 
-// The sum of all elements, made in double. On a CPU XLA adds up one element
-// after another, and waits 4 cycles for each: so it gets a quarter of a large
-// tensor as a loop of its own, in which all four quarters are added.
+// The sum of all elements, made in double.
 template <class T>
 Hlo<double> SumOf(Hlo<T> x) {
-  constexpr int64_t kParts = 4, kSmall = 4096;
-  xla::XlaBuilder* builder = x.op.builder();
-  const auto sum = [&](xla::XlaOp op) {
-    return Hlo<double>{
-        xla::ReduceAll(op, xla::ConstantR0<double>(builder, 0),
-                       xla::CreateScalarAddComputation(xla::F64, builder))};
-  };
   const auto wide = static_cast<Hlo<double>>(x);
-  const auto shape = builder->GetShape(wide.op);
-  const int64_t n = shape.ok() ? xla::ShapeUtil::ElementsIn(*shape) : 0;
-  if (n < kSmall) return sum(wide.op);
-  const xla::XlaOp flat = xla::Reshape(wide.op, {n});
-  const auto part = [&](int64_t begin, int64_t end) {
-    return Hlo<double>{xla::Slice(flat, {begin}, {end}, {1})};
-  };
-  const int64_t length = n / kParts;
-  Hlo<double> parts = part(0, length);
-  for (int64_t k = 1; k < kParts; ++k) {
-    parts = parts + part(k * length, (k + 1) * length);
-  }
-  return sum(parts.op) + sum(part(kParts * length, n).op);
+  int64_t n = 1;
+  for (int64_t dimension : Dimensions(wide.op)) n *= dimension;
+  return {SumOver(xla::Reshape(wide.op, {n}), {0})};
 }
 
 template <class T>

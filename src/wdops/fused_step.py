@@ -15,6 +15,7 @@ import rich.table
 import tensorflow as tf
 
 from wdops import factored, groups, hyperparameters, ops, reference
+from wdops._load import native
 
 COEFFICIENTS = ("l1", "l2", "proximal_l1", "proximal_l2")
 OPTIONS: dict[str, Any] = dict.fromkeys(COEFFICIENTS, 0.0) | {
@@ -583,7 +584,8 @@ class FusedStep(keras.optimizers.Optimizer):
         measured = skip_nonfinite or self._clips("clipnorm", "global_clipnorm")
         index = [self._get_variable_index(v) for v in variables]
         by_element = bool(self.gradient_accumulation_steps) or self._penalizes(index)
-        return 1 + (measured and by_element) + ("lamb" in self._RULES)
+        trusts = any(rule["trust"] for rule in native.rules if rule["name"] in self._RULES)
+        return 1 + (measured and by_element) + trusts
 
     def _gradient_hypers(self, batch: _Batch, scale: dict[str, Any]) -> dict[str, Any]:
         """What makes the gradient with its penalty: the arguments that the norms and the step share."""
