@@ -57,8 +57,9 @@ class ApplyOp : public tensorflow::OpKernel {
     TF_RETURN_IF_ERROR(LookupVariables(ctx, inputs_, &vars));
     TF_RETURN_IF_ERROR(LockVariables(vars, &locks));
     TF_RETURN_IF_ERROR(CheckTensors(inputs_, [&](int input) {
-      const Tensor& value = input < inputs_.Resources() ? *vars[input]->tensor()
-                                                        : ctx->input(input);
+      const Tensor& value = input < inputs_.Resources()
+                                ? *vars[input]->tensor()
+                                : ctx->input(inputs_.Tensor(input));
       return Spec<const TensorShape&>{value.dtype(), value.shape()};
     }));
 
@@ -202,14 +203,16 @@ absl::Status ApplyShape(const RuleInfo& rule, InferenceContext* c) {
     return PartialTensorShape(c->ShapeHandleToProto(shape));
   };
   return CheckTensors(inputs, [&](int input) -> Spec<PartialTensorShape> {
+    const int tensor = inputs.Tensor(input);
     if (input >= inputs.Grad(inputs.n)) {
       return {inputs.factor_dtypes[input - inputs.Grad(inputs.n)],
-              shape_of(c->input(input))};
+              shape_of(c->input(tensor))};
     }
     if (input >= inputs.Resources()) {
-      return {inputs.dtypes[input % inputs.n], shape_of(c->input(input))};
+      return {inputs.dtypes[input % inputs.n], shape_of(c->input(tensor))};
     }
-    const auto* value = c->input_handle_shapes_and_types(input);
+    if (inputs.IsPacked(input)) return {tensorflow::DT_INVALID, {}};
+    const auto* value = c->input_handle_shapes_and_types(tensor);
     if (!value || value->size() != 1) return {tensorflow::DT_INVALID, {}};
     return {(*value)[0].dtype, shape_of((*value)[0].shape)};
   });
@@ -217,7 +220,8 @@ absl::Status ApplyShape(const RuleInfo& rule, InferenceContext* c) {
 
 void RegisterApply(const RuleInfo& rule) {
   tensorflow::register_op::OpDefBuilderWrapper op(rule.op);
-  op.Attr("N: int >= 1");
+  op.Attr("V: int >= 1");
+  if (rule.slots.size > 0) op.Attr("S: int >= 1");
   op.Attr("A: int >= 0");
   op.Attr("E: int >= 0");
   op.Attr("T: list({float, double, bfloat16, half}) >= 1");
@@ -226,9 +230,9 @@ void RegisterApply(const RuleInfo& rule) {
   op.Attr("scaled_proximal: bool = false");
   op.Attr("stochastic: bool = false");
   op.Attr("report_penalty: bool = false");
-  op.Input("var: N * resource");
+  op.Input("var: V * resource");
   for (const char* slot : rule.slots) {
-    op.Input(absl::StrCat(slot, ": N * resource"));
+    op.Input(absl::StrCat(slot, ": S * resource"));
   }
   op.Input("accumulator: A * resource");
   op.Input("average: E * resource");

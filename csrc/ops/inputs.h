@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "rules/table.h"
@@ -34,13 +35,17 @@ inline DType FromTensorFlow(tensorflow::DataType dtype) {
   }
 }
 
-// Where each input of an op stands: lists of n entries each, of which the last
-// are the gradients and those before are variables, then the hyperparameters.
-// A list that is not given has no place.
+// What an op takes: lists of n entries each, of which the last are the
+// gradients and those before are variables, then factors, then hyperparameters.
+// They are counted as if each entry were one tensor, but a list of variables
+// may come as one vector of handles: what TensorFlow passes on, a function's
+// captures above all, has a price for each tensor. A list that is not given is
+// not counted.
 struct Inputs {
   int n = 0;
   std::vector<tensorflow::DataType> dtypes;  // of the gradients
   std::vector<std::string> lists;
+  std::vector<int> begin;  // of each list, among the op's tensors
   std::vector<std::string> hypers;
   int slots = 0;                       // lists 1 to `slots` are slots
   int accumulator = -1, average = -1;  // the index of a list, or -1
@@ -55,48 +60,62 @@ struct Inputs {
   int Hyper(int j) const { return Grad(n) + factor_dtypes.size() + j; }
   // The variables are the inputs from 0 on.
   int Resources() const { return (lists.size() - 1) * n; }
+  // Of a variable: whether it comes with the others of its list.
+  bool IsPacked(int input) const {
+    return begin[input / n + 1] - begin[input / n] != n;
+  }
+  // Which of the op's tensors an input is, or is in.
+  int Tensor(int input) const {
+    if (input >= Resources()) return begin.back() + input - Resources();
+    return begin[input / n] + (IsPacked(input) ? 0 : input % n);
+  }
   // As a message names it: "m[3]".
   std::string Name(int input) const {
     return lists[input / n] + "[" + std::to_string(input % n) + "]";
   }
 };
 
-// Takes the attributes of an op from a context of whichever kind: N and T, and
-// how many accumulators and averages there are: none or N. Without a rule it is
-// the op of norms, whose variables are optional too.
+inline absl::Status WrongCount(const Inputs& inputs, const std::string& name,
+                               int64_t count) {
+  return absl::InvalidArgumentError(absl::StrCat(
+      "grad has ", inputs.n, " entries, but ", name, " has ", count));
+}
+
+// Takes the attributes of an op from a context of whichever kind: T, and in how
+// many tensors each list comes: n, 1 or, where it is optional, 0. Without a
+// rule it is the op of norms, whose variables are optional too.
 template <class Context>
 absl::Status MakeInputs(const RuleInfo* rule, Context* ctx, Inputs* inputs) {
   TF_RETURN_IF_ERROR(ctx->GetAttr("T", &inputs->dtypes));
   inputs->n = inputs->dtypes.size();
-  const auto check = [&](const char* name, int entries) {
-    if (entries == inputs->n) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrCat(
-        "grad has ", inputs->n, " entries, but ", name, " has ", entries));
-  };
-  const auto optional = [&](const char* attr, const char* name,
-                            int* place) -> absl::Status {
-    int entries;
-    TF_RETURN_IF_ERROR(ctx->GetAttr(attr, &entries));
-    if (entries == 0) return absl::OkStatus();
+  inputs->begin = {0};
+  const auto add = [&](const char* attr, const char* name,
+                       int* place) -> absl::Status {
+    int tensors;
+    TF_RETURN_IF_ERROR(ctx->GetAttr(attr, &tensors));
+    if (tensors == 0) return absl::OkStatus();
+    // Tracing knows more of a variable that comes by itself, and the rest of a
+    // training step takes each as a tensor anyway.
+    const bool may_be_packed = name != std::string_view("var");
+    if (tensors != inputs->n && !(tensors == 1 && may_be_packed)) {
+      return WrongCount(*inputs, name, tensors);
+    }
     *place = inputs->lists.size();
     inputs->lists.push_back(name);
-    return check(name, entries);
+    inputs->begin.push_back(inputs->begin.back() + tensors);
+    return absl::OkStatus();
   };
   inputs->hypers = HyperNames(rule);
-  int var = -1;
+  int place;
+  TF_RETURN_IF_ERROR(add("V", "var", &place));
   if (rule) {
-    int n;
-    TF_RETURN_IF_ERROR(ctx->GetAttr("N", &n));
-    TF_RETURN_IF_ERROR(check("var", n));
-    inputs->lists = {"var"};
-    inputs->lists.insert(inputs->lists.end(), rule->slots.begin(),
-                         rule->slots.end());
+    for (const char* slot : rule->slots) {
+      TF_RETURN_IF_ERROR(add("S", slot, &place));
+    }
     inputs->slots = rule->slots.size;
-  } else {
-    TF_RETURN_IF_ERROR(optional("V", "var", &var));
   }
-  TF_RETURN_IF_ERROR(optional("A", "accumulator", &inputs->accumulator));
-  if (rule) TF_RETURN_IF_ERROR(optional("E", "average", &inputs->average));
+  TF_RETURN_IF_ERROR(add("A", "accumulator", &inputs->accumulator));
+  if (rule) TF_RETURN_IF_ERROR(add("E", "average", &inputs->average));
   inputs->lists.push_back("grad");
   std::vector<int> factored;
   TF_RETURN_IF_ERROR(ctx->GetAttr("factored", &factored));

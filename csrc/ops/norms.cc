@@ -36,7 +36,7 @@ class NormsOp : public tensorflow::OpKernel {
     // variable in the meantime copy it, so no lock is held while it is read.
     std::vector<Tensor> values(inputs_.Hyper(0));
     for (int input = inputs_.Grad(0); input < inputs_.Hyper(0); ++input) {
-      values[input] = ctx->input(input);
+      values[input] = ctx->input(inputs_.Tensor(input));
     }
     {
       Vars vars;
@@ -109,8 +109,8 @@ class NormsOp : public tensorflow::OpKernel {
                        HyperOf(ctx, inputs_, kL2, i) != 0)) {
         continue;
       }
-      const Tensor& x = ctx->input(inputs_.Grad(i));
-      const Tensor& dz = ctx->input(inputs_.factor[i]);
+      const Tensor& x = ctx->input(inputs_.Tensor(inputs_.Grad(i)));
+      const Tensor& dz = ctx->input(inputs_.Tensor(inputs_.factor[i]));
       const cpu::Factored shape = Gradients::ShapeOf(x, dz);
       const int64_t width = shape.rows + shape.columns;
       if (shape.batch * width > shape.rows * shape.columns) continue;

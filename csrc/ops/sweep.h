@@ -25,7 +25,13 @@ inline absl::Status LookupVariables(tensorflow::OpKernelContext* ctx,
                                     const Inputs& inputs, Vars* vars) {
   vars->resize(inputs.Resources());
   for (int input = 0; input < inputs.Resources(); ++input) {
-    const auto& handle = tensorflow::HandleFromInput(ctx, input);
+    const auto handles =
+        ctx->input(inputs.Tensor(input)).flat<tensorflow::ResourceHandle>();
+    const bool packed = inputs.IsPacked(input);
+    if (handles.size() != (packed ? inputs.n : 1)) {
+      return WrongCount(inputs, inputs.lists[input / inputs.n], handles.size());
+    }
+    const auto& handle = handles(packed ? input % inputs.n : 0);
     if (!LookupResource(ctx, handle, &(*vars)[input]).ok()) {
       return Uninitialized(inputs, input);
     }
@@ -36,7 +42,7 @@ inline absl::Status LookupVariables(tensorflow::OpKernelContext* ctx,
 // The value of hyperparameter j of variable i.
 inline double HyperOf(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
                       int j, int i) {
-  const tensorflow::Tensor& value = ctx->input(inputs.Hyper(j));
+  const tensorflow::Tensor& value = ctx->input(inputs.Tensor(inputs.Hyper(j)));
   return value.flat<double>()(value.dims() == 0 ? 0 : i);
 }
 
@@ -49,7 +55,8 @@ class Steps {
                     const RuleInfo& rule, StepOptions options) {
     bool scalars;
     TF_RETURN_IF_ERROR(CheckHypers(
-        inputs, [&](int input) { return ctx->input(input).shape(); },
+        inputs,
+        [&](int input) { return ctx->input(inputs.Tensor(input)).shape(); },
         &scalars));
     shared_ = scalars && !rule.trust;
     steps_.resize(shared_ ? kDTypeCount : inputs.n);
@@ -87,7 +94,8 @@ class Gradients {
                     const cpu::Kernels& kernels, const Wanted& wanted) {
     first_ = {0};
     for (int i = 0; i < inputs.n; ++i) {
-      const tensorflow::Tensor& grad = ctx->input(inputs.Grad(i));
+      const tensorflow::Tensor& grad =
+          ctx->input(inputs.Tensor(inputs.Grad(i)));
       One one;
       one.dtype = FromTensorFlow(grad.dtype());
       one.n = wanted(i) ? grad.NumElements() : 0;
@@ -98,7 +106,8 @@ class Gradients {
         ones_.push_back(std::move(one));
         continue;
       }
-      const tensorflow::Tensor& dz = ctx->input(inputs.factor[i]);
+      const tensorflow::Tensor& dz =
+          ctx->input(inputs.Tensor(inputs.factor[i]));
       one.shape = ShapeOf(grad, dz);
       one.n = one.shape.rows * one.shape.columns;
       one.kernels = &(*kernels.factored)[one.dtype];
@@ -119,7 +128,7 @@ class Gradients {
   static bool IsFactored(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
                          int i) {
     return inputs.factor[i] >= 0 &&
-           !IsNoFactor(ctx->input(inputs.factor[i]).shape());
+           !IsNoFactor(ctx->input(inputs.Tensor(inputs.factor[i])).shape());
   }
   static cpu::Factored ShapeOf(const tensorflow::Tensor& x,
                                const tensorflow::Tensor& dz) {

@@ -110,6 +110,11 @@ class Lowering : public tensorflow::XlaOpKernel {
 
  private:
   absl::Status Check(XlaOpKernelContext* ctx) {
+    if (inputs_.begin.back() != inputs_.Resources()) {
+      return absl::InvalidArgumentError(
+          "a list of variables is one vector of handles, which XLA cannot take "
+          "apart: trace the step inside of the function that it compiles");
+    }
     TF_RETURN_IF_ERROR(CheckHypers(
         inputs_, [&](int input) { return ctx->InputShape(input); }, &scalars_));
     std::vector<std::pair<tensorflow::XlaResource*, int>> resources;

@@ -421,6 +421,7 @@ class FusedStep(keras.optimizers.Optimizer):
 
     # --- the step in one pass ------------------------------------------------------------------------------------
 
+    @ops.as_it_is
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         with self._with(self._now):
             return super().scale_loss(loss)
@@ -430,9 +431,11 @@ class FusedStep(keras.optimizers.Optimizer):
         if self._own.penalties is not None:
             self._own.penalties.refresh()
 
+    @ops.as_it_is
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         self.apply_scaled(grads, trainable_variables, self._now(self.loss_scale_factor), self.skip_nonfinite)
 
+    @ops.as_it_is
     def apply_scaled(
         self,
         grads: Sequence[Any],

@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from wdops import reference
+from wdops import packed, reference
 from wdops._load import native, raw_ops
 from wdops.factored import FactoredGradient
+
+# Whoever calls this from a tf.function waits for AutoGraph to translate all of its source, and there is nothing in it
+# to translate.
+as_it_is = tf.autograph.experimental.do_not_convert
 
 DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
 
@@ -78,12 +82,14 @@ def _targets(given: dict[str, Any], n: int) -> dict[str, list[tf.Tensor]]:
     for name, values in handles.items():
         if len(values) != n and given[name] is not None:
             raise ValueError(f"{name} has {len(values)} entries, but {next(iter(given))} has {n}")
-    return handles
+    # The rest of a training step has captured every `var` anyway.
+    return {name: values if name == "var" else packed.pack(values) for name, values in handles.items()}
 
 
 def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[str]) -> Callable[..., Any]:
     signature = rule.signature
 
+    @as_it_is
     def apply(*args: Any, **kwargs: Any) -> tf.Tensor:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
@@ -121,6 +127,7 @@ for _rule in reference.RULES.values():
     )
 
 
+@as_it_is
 def norms(
     grad: Any,
     var: Any = None,
@@ -142,6 +149,7 @@ def norms(
     return reference.Norms(*raw_ops.wdops_norms(**targets, **_gradients(grads), **values, name=name))
 
 
+@as_it_is
 def global_norm(grad: Any, var: Any = None, **arguments: Any) -> tuple[tf.Tensor, tf.Tensor]:
     norm, _, finite = norms(grad, var, **arguments)
     return tf.norm(norm), finite
@@ -183,6 +191,7 @@ def _check_alpha(alpha: Any) -> float:
     return float(alpha)
 
 
+@as_it_is
 def elu(
     x: Any, bias: Any = None, alpha: float = 1.0, *, data_format: str = "NHWC", name: str | None = None
 ) -> tf.Tensor:
@@ -191,10 +200,12 @@ def elu(
     return _activate(raw_ops.wdops_elu, x, bias, data_format, name, alpha, 1.0)
 
 
+@as_it_is
 def relu(x: Any, bias: Any = None, *, data_format: str = "NHWC", name: str | None = None) -> tf.Tensor:
     return _activate(raw_ops.wdops_relu, x, bias, data_format, name)
 
 
+@as_it_is
 def leaky_relu(
     x: Any, bias: Any = None, alpha: float = 0.2, *, data_format: str = "NHWC", name: str | None = None
 ) -> tf.Tensor:
@@ -203,6 +214,7 @@ def leaky_relu(
     return _activate(raw_ops.wdops_leaky_relu, x, bias, data_format, name, alpha)
 
 
+@as_it_is
 def selu(x: Any, bias: Any = None, *, data_format: str = "NHWC", name: str | None = None) -> tf.Tensor:
     return _activate(raw_ops.wdops_elu, x, bias, data_format, name, reference.SELU_ALPHA, reference.SELU_SCALE)
 
