@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import wdops
-from wdops import ops, packed
+from wdops import ops
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_all_slots_are_one_capture(state):
     params, momenta = state
     assert len(captures_of(tf.function(lambda: descend(params, momenta)))) == 4 + 1
     assert len(captures_of(tf.function(lambda: descend(params, momenta), jit_compile=True))) == 4 + 4
-    with packed.exportable():
+    with wdops.exportable():
         assert len(captures_of(tf.function(lambda: descend(params, momenta)))) == 4 + 4
 
 
@@ -113,7 +113,7 @@ class Training(tf.Module):
 
 def test_a_step_can_be_exported(tmp_path):
     training = Training()
-    with packed.exportable():
+    with wdops.exportable():
         training.step.get_concrete_function()
         tf.saved_model.save(training, tmp_path)
     loaded = tf.saved_model.load(tmp_path)

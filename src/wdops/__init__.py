@@ -21,10 +21,11 @@ _is_program = sys.argv[:1] == ["-m"] and sys.orig_argv[sys.orig_argv.index("-m")
 if not _is_program:
     from wdops import isa, kernels, layers, ops, optimizers, reference
     from wdops.layers import convert
+    from wdops.packed import exportable
     from wdops.regularizers import fold_regularizers, unfold_regularizers
 
     __version__ = build_info()["version"]
     __all__ = [
-        "build_info", "convert", "fold_regularizers", "isa", "kernels", "layers", "ops", "optimizers", "reference",
-        "unfold_regularizers",
+        "build_info", "convert", "exportable", "fold_regularizers", "isa", "kernels", "layers", "ops", "optimizers",
+        "reference", "unfold_regularizers",
     ]  # fmt: skip
