@@ -1,22 +1,24 @@
-"""Times an activation behind a bias, forward and backward with the bias's gradient, beside TensorFlow and XLA.
+"""An activation behind a bias, forward and backward with the bias's gradient, beside TensorFlow and XLA.
 
-    python benchmarks/activations.py [--rounds N] [--patience SECONDS] [--isa NAME] [--json FILE] [activation ...]
-
-Each table is one shape in float32: one far larger than the caches, and one that fits in them. The last row is a bare
-stream of the same reads and writes: one of each forward, two and one backward. All results
-are kept until the next step, so that nothing is left out, and nothing is made in place.
+Each table is one shape in float32: one far larger than the caches, and one that fits in them. All results are kept
+until the next step, so that nothing is left out, and nothing is made in place.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
-from timing import Run, loop, measure, parser_of, print_machine, print_ratios, stream_of, write_json
 
 import wdops
+from wdops.bench.timing import Run, Settings, Table, in_turn, loop, stream_of
 
-SHAPES = {"64 M elements": (65536, 1024), "131 k elements": (128, 1024)}
+SHAPES, SHORT_SHAPES = ((65536, 1024), (128, 1024)), ((4096, 1024), (128, 1024))
 RIVALS: dict[str, Callable[..., Any]] = {"elu": tf.nn.elu, "relu": tf.nn.relu, "leaky_relu": tf.nn.leaky_relu}
+STREAM = "a bare stream of the same reads and writes"
+# Forward, one array is read and another written; backward, two and one. The stream writes what it has read, as a write
+# to memory fetches it first.
+PASSES = ((2, 1), (3, 1))
+BYTES = 4 * (2 + 3)
 
 
 def step_of(activate: Callable[..., tf.Tensor], shape: tuple[int, int], jit: bool) -> Run:
@@ -36,29 +38,38 @@ def step_of(activate: Callable[..., tf.Tensor], shape: tuple[int, int], jit: boo
     return loop(step, jit)
 
 
-def main() -> None:
-    parser = parser_of(__doc__, rounds=15)
-    parser.add_argument("activation", nargs="*", choices=[[], *RIVALS], help="default: all")
-    parser.add_argument("--isa", choices=wdops.isa.available(), default=wdops.isa.active(), help="default: the best")
-    arguments = parser.parse_args()
-    wdops.isa.use(arguments.isa)
-    print_machine("ms of forward and backward (and times wdops)")
-    results = {}
-    for name in arguments.activation or RIVALS:
-        ours, theirs = getattr(wdops.ops, name), RIVALS[name]
-        for title, shape in SHAPES.items():
+def check_agreement() -> None:
+    """Raises AssertionError if an output or a gradient is not TensorFlow's."""
+    for name, theirs in RIVALS.items():
+        x, bias = tf.random.stateless_normal((8, 5), (0, 1)), tf.random.stateless_normal((5,), (0, 2))
+        results = []
+        for activate in (getattr(wdops.ops, name), lambda x, b, f=theirs: f(tf.nn.bias_add(x, b))):
+            with tf.GradientTape() as tape:
+                tape.watch([x, bias])
+                output = activate(x, bias)
+            results.append([output, *tape.gradient(output, [x, bias])])
+        for got, expected in zip(*results, strict=True):
+            tf.debugging.assert_near(got, expected, atol=1e-6, message=name)
+
+
+def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:
+    progress("the rivals agree")
+    check_agreement()
+    tables = []
+    for name, theirs in RIVALS.items():
+        ours = getattr(wdops.ops, name)
+        for shape in SHORT_SHAPES if settings.short else SHAPES:
+            title, n = f"{name}, {shape[0]} x {shape[1]}", shape[0] * shape[1]
+            progress(title)
             rivals = {
                 "wdops": (ours, False),
                 "wdops, jit_compile=True": (ours, True),
                 "TensorFlow, tf.function": (lambda x, b, f=theirs: f(tf.nn.bias_add(x, b)), False),
                 "TensorFlow, jit_compile=True": (lambda x, b, f=theirs: f(tf.nn.bias_add(x, b)), True),
             }
-            runs = {rival: step_of(f, shape, jit) for rival, (f, jit) in rivals.items()}
-            runs["bare stream"] = stream_of(shape[0] * shape[1], (2, 1), (3, 1))
-            seconds = results[f"{name}, {title}"] = measure(runs, arguments.rounds, arguments.patience)
-            print_ratios(f"{name}, {title}", seconds, to="wdops")
-    write_json(arguments.json, results)
-
-
-if __name__ == "__main__":
-    main()
+            runs = {rival: step_of(f, shape, jit) for rival, (f, jit) in rivals.items()} | {
+                STREAM: stream_of(n, *PASSES)
+            }
+            bytes_per_element = {"wdops": BYTES, STREAM: BYTES}
+            tables.append(in_turn(title, runs, settings, elements=n, bytes_per_element=bytes_per_element))
+    return tables

@@ -1,24 +1,28 @@
-"""Times every rule, and Adam with bfloat16 slots, on one tensor of 33.5 M float32 elements.
+"""Every rule, and Adam with bfloat16 slots, on one tensor, beside a bare stream of the rule's own reads and writes.
 
-    python benchmarks/rules.py [--rounds N] [--patience SECONDS] [--isa NAME] [--elements N] [--json FILE] [rule ...]
-
-The first table sets the step of each rule beside a bare stream of the rule's own reads and writes, which is the speed
-of memory: their ratio is the part of it that the rule reaches. LAMB reads all its arrays twice, because the norms come
-before the step, and so does its stream. The second table sets Adam with slots of two bytes beside that with four.
+Their ratio is the part of the speed of memory that the rule reaches. LAMB reads all its arrays twice, because the norms
+come before the step, and so does its stream.
 """
 
 import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
-from timing import Run, loop, measure, milliseconds, parser_of, print_machine, ratio, stream_of, write_json
 
 import wdops
+from wdops.bench.timing import Run, Settings, Table, in_turn, loop, on_each_isa, ratio, stream_of
 
-ELEMENTS = 1 << 25
+if TYPE_CHECKING:  # only to draw
+    from matplotlib.figure import Figure
+
+ELEMENTS, SHORT_ELEMENTS = 1 << 25, 1 << 20
+STREAM = "bare stream"
+SLOTS = "adam by its slots"
 # Hyperparameters that have no default.
 REQUIRED = {"lr": 1e-3, "step": 1000, "u_product": 0.1}
-SLOTS = {"bfloat16 slots": {}, "bfloat16 slots, rounded stochastically": {"seed": 1}}
+BFLOAT16 = {"bfloat16 slots": {}, "bfloat16 slots, rounded stochastically": {"seed": 1}}
 
 
 def step_of(rule_name: str, n: int, slot_dtype: tf.DType = tf.float32, **options: int) -> Run:
@@ -39,35 +43,36 @@ def passes_of(rule_name: str) -> list[tuple[int, int]]:
     return [(written + 1, 0)] * (rule_name == "lamb") + [(written + 1, written)]
 
 
-def main() -> None:
-    rules = list(wdops.reference.RULES)
-    parser = parser_of(__doc__, rounds=15)
-    parser.add_argument("rule", nargs="*", choices=[[], *rules], help="default: all")
-    parser.add_argument("--isa", choices=wdops.isa.available(), default=wdops.isa.active(), help="default: the best")
-    parser.add_argument("--elements", type=int, default=ELEMENTS, help=f"default: {ELEMENTS}")
-    arguments = parser.parse_args()
-    wdops.isa.use(arguments.isa)
-    n = arguments.elements
-    print_machine(f"{n / 1e6:.1f} M float32 elements")
-    results = {}
-    print("| rule | reads, writes | wdops, ms | bare stream, ms | stream / wdops |\n|---|---|---|---|---|")
-    for name in arguments.rule or rules:
+def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:
+    n = SHORT_ELEMENTS if settings.short else ELEMENTS
+    tables = []
+    for name in wdops.reference.RULES:
+        progress(name)
         passes = passes_of(name)
-        runs = {"wdops": step_of(name, n), "bare stream": stream_of(n, *passes)}
-        seconds = results[name] = measure(runs, arguments.rounds, arguments.patience)
-        wdops_ms, stream_ms = map(milliseconds, seconds.values())
-        part = ratio(seconds["bare stream"], seconds["wdops"])
-        columns = " + ".join(f"{reads}, {writes}" for reads, writes in passes)
-        print(f"| {name} | {columns} | {wdops_ms:.2f} | {stream_ms:.2f} | {part:.2f} |", flush=True)
-    if "adam" in (arguments.rule or rules):
-        runs = {"float32 slots": step_of("adam", n)}
-        runs |= {name: step_of("adam", n, tf.bfloat16, **options) for name, options in SLOTS.items()}
-        seconds = results["adam by slots"] = measure(runs, arguments.rounds, arguments.patience)
-        print("\n| adam | wdops, ms | / float32 slots |\n|---|---|---|")
-        for name, values in seconds.items():
-            print(f"| {name} | {milliseconds(values):.2f} | {ratio(values, seconds['float32 slots']):.2f} |")
-    write_json(arguments.json, results)
+        runs = on_each_isa("wdops", step_of(name, n)) | {STREAM: stream_of(n, *passes)}
+        moved = 4 * sum(reads + writes for reads, writes in passes)
+        tables.append(in_turn(name, runs, settings, elements=n, bytes_per_element=dict.fromkeys(runs, moved)))
+    progress(SLOTS)
+    runs = on_each_isa("float32 slots", step_of("adam", n))
+    for name, options in BFLOAT16.items():
+        runs |= on_each_isa(name, step_of("adam", n, tf.bfloat16, **options))
+    # p is read and written and g is read, with 4 bytes; two slots are read and written with 4 or 2.
+    moved = {name: 3 * 4 + 4 * (2 if "bfloat16" in name else 4) for name in runs}
+    return [*tables, in_turn(SLOTS, runs, settings, elements=n, bytes_per_element=moved)]
 
 
-if __name__ == "__main__":
-    main()
+def draw(tables: list[Table], figure: "Figure") -> None:
+    """The part of the stream's speed that each rule reaches on each instruction set."""
+    figure.set_size_inches(8, 8)
+    axis = figure.subplots()
+    rules = [table for table in tables if STREAM in table.seconds]
+    rivals = [name for name in rules[0].seconds if name != STREAM]
+    height = 0.8 / len(rivals)
+    for k, rival in enumerate(rivals):
+        parts = [ratio(table.seconds[STREAM], table.seconds[rival]) for table in rules]
+        axis.barh(np.arange(len(rules)) + k * height, parts, height, label=rival)
+    axis.set_yticks(np.arange(len(rules)) + 0.4 - height / 2, [table.title for table in rules])
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", lw=1)
+    axis.set(xlabel="speed, of that of a bare stream with the same reads and writes")
+    axis.legend()

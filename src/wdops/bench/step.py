@@ -1,7 +1,7 @@
 """One AdamW step: wdops on each instruction set, Keras, TensorFlow's own op, PyTorch, DeepSpeed, a bare stream.
 
-PyTorch and DeepSpeed take part where they are installed; DeepSpeed compiles its step when it first runs. Before anything
-is timed, all rivals step a few small tensors and must agree in every weight.
+PyTorch and DeepSpeed take part where they are installed; DeepSpeed compiles its step the first time. Before anything is
+timed, all rivals step a few small tensors and must agree in every weight.
 """
 
 import functools
