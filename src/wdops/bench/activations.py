@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-import wdops
+from wdops import ops
 from wdops.bench.timing import Run, Settings, Table, in_turn, loop, stream_of
 
 SHAPES, SHORT_SHAPES = ((65536, 1024), (128, 1024)), ((4096, 1024), (128, 1024))
@@ -43,7 +43,7 @@ def check_agreement() -> None:
     for name, theirs in RIVALS.items():
         x, bias = tf.random.stateless_normal((8, 5), (0, 1)), tf.random.stateless_normal((5,), (0, 2))
         results = []
-        for activate in (getattr(wdops.ops, name), lambda x, b, f=theirs: f(tf.nn.bias_add(x, b))):
+        for activate in (getattr(ops, name), lambda x, b, f=theirs: f(tf.nn.bias_add(x, b))):
             with tf.GradientTape() as tape:
                 tape.watch([x, bias])
                 output = activate(x, bias)
@@ -57,7 +57,7 @@ def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:
     check_agreement()
     tables = []
     for name, theirs in RIVALS.items():
-        ours = getattr(wdops.ops, name)
+        ours = getattr(ops, name)
         for shape in SHORT_SHAPES if settings.short else SHAPES:
             title, n = f"{name}, {shape[0]} x {shape[1]}", shape[0] * shape[1]
             progress(title)

@@ -16,9 +16,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import wdops
+from wdops import layers, ops, optimizers
 from wdops.bench.timing import Run, Settings, Table, in_its_own_process, in_turn, loop, stream_of
 from wdops.factored import FactoredGradient
+from wdops.regularizers import fold_regularizers
 
 N, SHORT_N = 4096, 512
 BATCHES, SHORT_BATCHES = (8, 32, 128, 512), (8, 128)
@@ -38,9 +39,7 @@ def update_runs(n: int, batch: int) -> dict[str, Run]:
         # Read in the step, so that TensorFlow does not make the product once and for all.
         a, b = x.read_value(), dz.read_value()
         grad = FactoredGradient(a, b) if factored else tf.matmul(a, b, transpose_a=True)
-        wdops.ops.apply_adam(
-            p, m, v, grad, lr=1e-3, beta1=0.9, beta2=0.999, epsilon=1e-7, step=3, l2=L2, weight_decay=0.01
-        )
+        ops.apply_adam(p, m, v, grad, lr=1e-3, beta1=0.9, beta2=0.999, epsilon=1e-7, step=3, l2=L2, weight_decay=0.01)
 
     return {
         "factors": loop(lambda: step(True), jit=False),
@@ -49,20 +48,20 @@ def update_runs(n: int, batch: int) -> dict[str, Run]:
     }
 
 
-def network(module: ModuleType, layers: int, size: int) -> keras.Model:
+def network(module: ModuleType, count: int, size: int) -> keras.Model:
     keras.utils.set_random_seed(0)
     regularizer = keras.regularizers.L2(L2)
-    dense = [module.Dense(size, activation="elu", kernel_regularizer=regularizer) for _ in range(layers)]
+    dense = [module.Dense(size, activation="elu", kernel_regularizer=regularizer) for _ in range(count)]
     return keras.Sequential([keras.Input((size,)), *dense])
 
 
-def training(way: str, layers: int, size: int) -> tuple[keras.Model, Callable[[], None]]:
+def training(way: str, count: int, size: int) -> tuple[keras.Model, Callable[[], None]]:
     """A model, and a step of its training by Keras, by wdops with gradients that are formed, or by their factors."""
-    model = network(keras.layers if way == KERAS else wdops.layers, layers, size)
-    optimizer = (keras if way == KERAS else wdops).optimizers.AdamW(1e-4, weight_decay=0.0)
+    model = network(keras.layers if way == KERAS else layers, count, size)
+    optimizer = (keras.optimizers if way == KERAS else optimizers).AdamW(1e-4, weight_decay=0.0)
     optimizer.build(model.trainable_variables)
     if way != KERAS:
-        wdops.fold_regularizers(model, optimizer)
+        fold_regularizers(model, optimizer)
     if way == FACTORS:
         optimizer.factor_gradients(model)
     rng = np.random.default_rng(0)
@@ -80,7 +79,7 @@ def check_agreement(steps: int = 3) -> None:
     """Raises AssertionError if a rival computes something else than Keras."""
     weights = {}
     for way in (KERAS, PLAIN, FACTORS):
-        model, step = training(way, layers=2, size=64)
+        model, step = training(way, count=2, size=64)
         loop(step, jit=False)(steps)
         weights[way] = model.get_weights()
     for way, values in weights.items():

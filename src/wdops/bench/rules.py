@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
-import wdops
+from wdops import ops, reference
 from wdops.bench.timing import Run, Settings, Table, in_turn, loop, on_each_isa, ratio, stream_of
 
 if TYPE_CHECKING:  # only to draw
@@ -26,27 +26,27 @@ BFLOAT16 = {"bfloat16 slots": {}, "bfloat16 slots, rounded stochastically": {"se
 
 
 def step_of(rule_name: str, n: int, slot_dtype: tf.DType = tf.float32, **options: int) -> Run:
-    rule = wdops.reference.RULES[rule_name]
+    rule = reference.RULES[rule_name]
     random = np.random.default_rng(0)
     var, grad = (random.standard_normal(n, np.float32) for _ in range(2))
     # Second moments as they stand in training; all other slots start at 0.
     slots = [tf.Variable(tf.fill([n], tf.cast(name.startswith("v"), slot_dtype))) for name in rule.slots]
     tensors = tf.Variable(var), *slots, tf.constant(grad)
     required = {name: REQUIRED[name] for name, d in rule.hypers.items() if d is inspect.Parameter.empty}
-    apply = getattr(wdops.ops, f"apply_{rule_name}")
+    apply = getattr(ops, f"apply_{rule_name}")
     return loop(lambda: apply(*tensors, **required, **options), jit=False)
 
 
 def passes_of(rule_name: str) -> list[tuple[int, int]]:
     """Reads and writes: of the variable, its slots and the gradient, and of all but the gradient."""
-    written = 1 + len(wdops.reference.RULES[rule_name].slots)
+    written = 1 + len(reference.RULES[rule_name].slots)
     return [(written + 1, 0)] * (rule_name == "lamb") + [(written + 1, written)]
 
 
 def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:
     n = SHORT_ELEMENTS if settings.short else ELEMENTS
     tables = []
-    for name in wdops.reference.RULES:
+    for name in reference.RULES:
         progress(name)
         passes = passes_of(name)
         runs = on_each_isa("wdops", step_of(name, n)) | {STREAM: stream_of(n, *passes)}

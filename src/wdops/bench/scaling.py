@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-import wdops
+from wdops import optimizers
 from wdops.bench.step import BYTES, KERAS_COMPILED, STREAM, adamw
 from wdops.bench.timing import (
     THREADS,
@@ -59,7 +59,7 @@ def step(axis: str, count: int, shapes: Shapes, settings: Settings) -> Table:
     keras.backend.clear_session()
     n = elements(shapes)
     names = fitting(n)
-    rivals = each_way(lambda: adamw(wdops.optimizers, shapes), {"wdops": "tf.function"})
+    rivals = each_way(lambda: adamw(optimizers, shapes), {"wdops": "tf.function"})
     ways = {name: way for name, way in KERAS_COMPILED.items() if name in names}
     if ways:
         rivals |= each_way(lambda: adamw(keras.optimizers, shapes), ways)

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-import wdops
+from wdops import optimizers
 from wdops.bench.step import (
     BYTES,
     KERAS_COMPILED,
@@ -44,7 +44,7 @@ def first_calls(runs: dict[str, Run]) -> dict[str, float]:
 def bare_step(layers: int, settings: Settings) -> Table:
     shapes = [(UNITS, UNITS), (UNITS,)] * layers
     n = elements(shapes)
-    rivals = each_way(lambda: adamw(wdops.optimizers, shapes), WDOPS)
+    rivals = each_way(lambda: adamw(optimizers, shapes), WDOPS)
     rivals |= each_way(lambda: adamw(keras.optimizers, shapes), KERAS_COMPILED)
     if torch_optimizers():
         rivals |= each_way(lambda: torch_adamw(shapes), torch_optimizers())
@@ -81,7 +81,7 @@ def training(module: Any, layers: int) -> Run:
 
 
 def training_step(layers: int, settings: Settings) -> Table:
-    modules = {"wdops": wdops.optimizers, "Keras": keras.optimizers, WITHOUT: None}
+    modules = {"wdops": optimizers, "Keras": keras.optimizers, WITHOUT: None}
     runs = {name: training(module, layers) for name, module in modules.items()}
     facts = {"tensors": 2 * layers, "seconds of the first call": first_calls(runs)}
     table = in_turn(f"a training step, {2 * layers} tensors", runs, settings, facts=facts)

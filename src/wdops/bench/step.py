@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import wdops
+from wdops import optimizers
 from wdops.bench.timing import (
     BERT_BASE,
     BERT_LAYER,
@@ -73,7 +73,7 @@ class Rival:
 
 
 def adamw(module: Any, shapes: Shapes) -> Callable[[str], Rival]:
-    """Of `module`, wdops.optimizers or keras.optimizers."""
+    """Of `module`, keras.optimizers or that of wdops."""
     variables = [keras.Variable(w) for w in draw(shapes, WEIGHTS)]
     grads = list(draw(shapes, GRADS))
     optimizer = module.AdamW(LR, WEIGHT_DECAY, BETA1, BETA2, EPSILON)
@@ -147,7 +147,7 @@ def torch_adamw(shapes: Shapes) -> Callable[[Callable[[list], Any]], Rival]:
 
 def rivals(shapes: Shapes, share: bool) -> dict[str, Rival]:
     """All by name, but for the stream and the other instruction sets. `share` is that of `each_way`."""
-    made = each_way(lambda: adamw(wdops.optimizers, shapes), WDOPS, share)
+    made = each_way(lambda: adamw(optimizers, shapes), WDOPS, share)
     made |= each_way(lambda: adamw(keras.optimizers, shapes), KERAS, share)
     made[RESOURCE_APPLY_ADAM] = resource_apply_adam(shapes)
     if torch_optimizers():

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
-import wdops
+from wdops import build_info, isa
 from wdops._load import native
 
 Shapes = list[tuple[int, ...]]
@@ -95,8 +95,10 @@ def loop(step: Callable[[], None], jit: bool) -> Run:
 
     @tf.function(jit_compile=jit)
     def run(times: tf.Tensor) -> None:
-        for _ in tf.range(times):
+        done = tf.constant(0)
+        while done < times:  # over tf.range, XLA would compile once more for each number
             step()
+            done += 1
 
     return lambda times: run(tf.constant(times))
 
@@ -104,17 +106,17 @@ def loop(step: Callable[[], None], jit: bool) -> Run:
 def on_each_isa(name: str, run: Run) -> dict[str, Run]:
     """`run` under `name` on the instruction set in use, which comes first, and by their names on the others."""
 
-    def on(isa: str) -> Run:
-        def run_on_isa(times: int) -> None:
-            before = wdops.isa.active()
-            wdops.isa.use(isa)
+    def on(other: str) -> Run:
+        def run_on_other(times: int) -> None:
+            before = isa.active()
+            isa.use(other)
             run(times)
-            wdops.isa.use(before)
+            isa.use(before)
 
-        return run_on_isa
+        return run_on_other
 
-    others = [isa for isa in wdops.isa.available() if isa != wdops.isa.active()]
-    return {name: run} | {f"{name}, {isa}": on(isa) for isa in others}
+    others = [other for other in isa.available() if other != isa.active()]
+    return {name: run} | {f"{name}, {other}": on(other) for other in others}
 
 
 def stream_of(n: int, *passes: tuple[int, int]) -> Run:
@@ -300,9 +302,9 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "threads": THREADS,
-        "isa": wdops.isa.active(),
+        "isa": isa.active(),
         "caches": caches(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "versions": versions | {"tensorflow": tf.__version__, "python": platform.python_version()},
-        "build": wdops.build_info(),
+        "build": build_info(),
     }

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import wdops
+from wdops import ops, optimizers
 from wdops.bench.timing import (
     BERT_BASE,
     BERT_LAYER,
@@ -28,6 +28,7 @@ from wdops.bench.timing import (
     loop,
     stream_of,
 )
+from wdops.regularizers import fold_regularizers
 
 try:
     import torch
@@ -66,10 +67,10 @@ def wdops_ops(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Rival
     penalty = tf.Variable(0, dtype=tf.float64)
 
     def step() -> None:
-        norms = wdops.ops.norms(grads, p, l2=L2)
+        norms = ops.norms(grads, p, l2=L2)
         penalty.assign(tf.reduce_sum(norms.penalty))
         iterations.assign_add(1)
-        wdops.ops.apply_adam(
+        ops.apply_adam(
             p,
             m,
             v,
@@ -143,8 +144,8 @@ def wdops_adamw(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Riv
     model = keras.Sequential([layer])
     model.built = True
     model.set_weights(weights)
-    optimizer = adamw(wdops.optimizers)
-    wdops.fold_regularizers(model, optimizer)
+    optimizer = adamw(optimizers)
+    fold_regularizers(model, optimizer)
 
     def penalty_and_grads(variables: list[tf.Variable]) -> tuple[tf.Tensor, list[tf.Tensor]]:
         with tf.GradientTape():  # as in a training step
