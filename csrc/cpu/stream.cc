@@ -1,6 +1,7 @@
 // A bare stream for every number of arrays that are read and written.
 #include "cpu/stream.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace wdops::cpu {

@@ -2,7 +2,6 @@
 // library for one instruction set exports.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "rules/table.h"
@@ -19,13 +18,6 @@ inline constexpr int64_t kChunk = 16384;
 inline int64_t Ceil(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 inline int64_t Chunks(int64_t n) { return Ceil(n, kChunk); }
-
-// How many of `most` threads are worth waking for work that reads and writes so
-// many bytes, one below 1 MiB: a core moves about 8 bytes a cycle, and waking a
-// thread costs as much as 2^17 cycles of sweeping.
-inline int64_t Threads(int64_t bytes, int64_t most) {
-  return std::min(most, 1 + (bytes / 8 >> 17));
-}
 
 // One run of one variable, a chunk or less: arrays of n elements that do not
 // overlap.

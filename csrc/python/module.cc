@@ -214,8 +214,11 @@ uint32_t Stream(const std::vector<py::array>& given, int reads, int writes,
       cpu::ActiveKernels()->streams->of[reads - 1][writes];
   const int64_t n = arrays.n();
   py::gil_scoped_release release;
+  // Starting a thread takes as long as streaming so many bytes in a cache: what
+  // is less stays in one.
+  constexpr int64_t kBytes = 8 << 20;
   std::vector<std::thread> others(
-      cpu::Threads(4 * (reads + writes) * n, threads) - 1);
+      std::min<int64_t>(threads - 1, 4 * (reads + writes) * n / kBytes));
   // What a thread claims at a time: it waits little for one that is slower, and
   // the processor prefetches through a run as long as this.
   const int64_t most = 1 << 18, shares = 4 * (1 + others.size());

@@ -117,11 +117,13 @@ def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:
         bytes_per_element = dict(zip(runs, (24, 24 + 8, 24), strict=True))
         tables.append(in_turn(title, runs, settings, elements=n * n, bytes_per_element=bytes_per_element))
 
-    progress("peak memory")
     ways = (FACTORS, PLAIN, KERAS)
-    with ThreadPoolExecutor() as pool:
-        peaks = pool.map(lambda way: in_its_own_process("dense", f"peak_bytes({way!r}, {n})"), ways)
-        peak = dict(zip(ways, peaks, strict=True))
+    peak: dict[str, int] = {}
+    if not settings.short:
+        progress("peak memory")
+        with ThreadPoolExecutor() as pool:
+            peaks = pool.map(lambda way: in_its_own_process("dense", f"peak_bytes({way!r}, {n})"), ways)
+            peak = dict(zip(ways, peaks, strict=True))
     title = f"a training step of Dense({n}, elu, L2) on {TRAINING_BATCH} x {n}"
     progress(title)
     runs = {way: loop(training(way, 1, n)[1], jit=False) for way in ways}

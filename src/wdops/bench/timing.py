@@ -123,7 +123,7 @@ def stream_of(n: int, *passes: tuple[int, int]) -> Run:
     """The bare stream of a step over n float32 elements: in each pass (reads, writes), that many arrays are read, and
     that many of these written.
 
-    Where less than 1 MiB is read and written, in one thread. A pass is a call from Python, of some microseconds.
+    Where less than 8 MiB are read and written, in one thread. A pass is a call from Python, of some microseconds.
     """
     arrays = [np.ones(n, np.float32) for _ in range(max(reads for reads, _ in passes))]
 

@@ -6,6 +6,7 @@ average and penalty.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -145,7 +146,9 @@ def wdops_adamw(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Riv
     model.built = True
     model.set_weights(weights)
     optimizer = adamw(optimizers)
-    fold_regularizers(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that weight_decay decays the layer as well, which it should here
+        fold_regularizers(model, optimizer)
 
     def penalty_and_grads(variables: list[tf.Variable]) -> tuple[tf.Tensor, list[tf.Tensor]]:
         with tf.GradientTape():  # as in a training step

@@ -1,0 +1,230 @@
+"""Writes the figures in README.md: what stands between <!-- bench:NAME --> and <!-- /bench --> is made of results.json.
+
+python -m wdops bench --json benchmarks/results.json --png benchmarks
+python benchmarks/figures.py [README.md] [results.json]
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from wdops.bench.timing import Table, gigabytes_per_second, milliseconds, ratio
+
+README, RESULTS = Path(__file__).parents[1] / "README.md", Path(__file__).with_name("results.json")
+INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "x86-64"}
+VERSIONS = {"tensorflow": "TensorFlow", "keras": "Keras", "torch": "PyTorch", "deepspeed": "DeepSpeed"}
+
+
+@dataclass(frozen=True)
+class Results:
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    suites: dict[str, list[Table]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        found = json.loads(path.read_text())
+        suites = {name: [Table(**table) for table in tables] for name, tables in found["suites"].items()}
+        return cls(found["machine"], found["settings"], suites)
+
+
+def digits(x: float) -> str:
+    """Three that count, and all before the point."""
+    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
+
+
+def rows(head: list[str], cells: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n" + "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+
+
+def side_by_side(corner: str, tables: list[Table]) -> str:
+    """A column for each table, a row for each rival: milliseconds, and times the first."""
+    firsts = [next(iter(table.seconds.values())) for table in tables]
+
+    def cell(table: Table, first: list[float], rival: str) -> str:
+        if rival not in table.seconds:
+            return ""
+        seconds = table.seconds[rival]
+        times = "" if seconds is first else f" ({ratio(seconds, first):.2f})"
+        return digits(milliseconds(seconds)) + times
+
+    rivals = dict.fromkeys(rival for table in tables for rival in table.seconds)
+    body = [[name, *(cell(table, first, name) for table, first in zip(tables, firsts, strict=True))] for name in rivals]
+    return rows([corner, *(table.title for table in tables)], body)
+
+
+def machine(results: Results) -> str:
+    facts = results.machine
+    versions = [f"{VERSIONS[name]} {number}" for name, number in facts["versions"].items() if name in VERSIONS]
+    return (
+        f"{facts['processor']} with {INSTRUCTION_SETS[facts['isa']]}, {facts['threads']} threads, "
+        f"{', '.join(versions)}; medians of {results.settings['rounds']} rounds"
+        + (", and, for now, of the command's short mode" if results.settings["short"] else "")
+    )
+
+
+def step(results: Results) -> str:
+    return side_by_side("ms (and times wdops)", results.suites["step"])
+
+
+def whole_step(results: Results) -> str:
+    return side_by_side("ms (and times wdops)", results.suites["whole_step"])
+
+
+def drift(results: Results) -> str:
+    seconds = results.suites["whole_step"][0].seconds
+    ratios = [k / w for k, w in zip(seconds["Keras, tf.function"], seconds["wdops"], strict=True)]
+    return f"{min(ratios):.1f} to {max(ratios):.1f} times as long"
+
+
+def small(results: Results) -> str:
+    return side_by_side("ms (and times wdops)", [t for t in results.suites["small"] if t.elements])
+
+
+def small_training(results: Results) -> str:
+    body = []
+    for table in results.suites["small"]:
+        for rival, added in table.facts.get("seconds that the optimizer adds", {}).items():
+            values = added, median(table.seconds[rival])
+            first_call = table.facts["seconds of the first call"][rival]
+            body.append([f"{rival}, {table.facts['tensors']} tensors", *(digits(1e3 * s) for s in values)])
+            body[-1].append(digits(first_call))
+    return rows(["", "ms that the optimizer adds", "ms of the step", "seconds of the first call"], body)
+
+
+def activations(results: Results) -> str:
+    return side_by_side("ms (and times wdops)", results.suites["activations"])
+
+
+def dense_updates(results: Results) -> str:
+    body = []
+    for table in results.suites["dense"][:-1]:
+        product, factors = table.seconds["product, then step"], table.seconds["factors"]
+        times = (milliseconds(product), milliseconds(factors), ratio(product, factors))
+        body.append([table.title, *map(digits, times)])
+    return rows(["ms", "product, then step", "factors", "times factors"], body)
+
+
+def dense_training(results: Results) -> str:
+    table = results.suites["dense"][-1]
+    first = next(iter(table.seconds.values()))
+    body = []
+    for rival, seconds in table.seconds.items():
+        peak = table.facts["peak bytes"].get(rival)
+        memory = [digits(peak / 1e6), digits(peak / table.facts["parameters"])] if peak else ["", ""]
+        body.append([rival, f"{digits(milliseconds(seconds))} ({ratio(seconds, first):.2f})", *memory])
+    layers = f"MB of the step of {table.facts['layers']} layers"
+    return rows([table.title, "ms (and times the first)", layers, "bytes a parameter"], body)
+
+
+def rules(results: Results) -> str:
+    """By instruction set, the parts of the stream's speed, and what bfloat16 slots are worth."""
+    *of_rules, slots = results.suites["rules"]
+    active = results.machine["isa"]
+    others = [name.removeprefix("wdops, ") for name in of_rules[0].seconds if name.startswith("wdops, ")]
+
+    def on(isa: str, name: str) -> str:
+        return name if isa == active else f"{name}, {isa}"
+
+    body: dict[str, list[str]] = {}
+    for isa in (active, *others):
+        parts = {t.title: ratio(t.seconds["bare stream"], t.seconds[on(isa, "wdops")]) for t in of_rules}
+        slowest = min(parts, key=parts.get)
+        usual = sorted(part for rule, part in parts.items() if rule != slowest)
+        body.setdefault("all rules but the slowest, of the stream's speed", []).append(
+            f"{usual[0]:.2f} to {usual[-1]:.2f}"
+        )
+        body.setdefault("the slowest", []).append(f"`{slowest}`: {parts[slowest]:.2f}")
+        float32 = slots.seconds[on(isa, "float32 slots")]
+        for name in ("bfloat16 slots", "bfloat16 slots, rounded stochastically"):
+            times = ratio(slots.seconds[on(isa, name)], float32)
+            body.setdefault(f"AdamW with {name}, of the time with float32 slots", []).append(f"{times:.2f}")
+    return rows(["", *(INSTRUCTION_SETS[isa] for isa in (active, *others))], [[k, *v] for k, v in body.items()])
+
+
+def grid(results: Results) -> str:
+    (table,) = results.suites["grid"]
+    together, alone, fit = (median(seconds) for seconds in table.seconds.values())
+    return (
+        f"{table.facts['settings']} settings side by side take {digits(together)} s, one after another in one "
+        f"`tf.function` {digits(alone)} s, and by `model.fit` {digits(fit)} s, tracing included"
+    )
+
+
+def scaling(results: Results) -> str:
+    """The constants of each regime: of a call, of a tensor, of a parameter."""
+    tables = results.suites["scaling"]
+    threads = max(table.facts["threads"] for table in tables)
+
+    def points(axis: str, threads: int) -> dict[int, Table]:
+        chosen = [t for t in tables if t.facts["axis"] == axis and t.facts["threads"] == threads]
+        return {table.facts["count"]: table for table in chosen}
+
+    def seconds(table: Table, rival: str) -> float:
+        return median(table.seconds[rival])
+
+    of_parameters, of_tensors = points("parameters", threads), points("tensors", threads)
+    fewest, most = of_parameters[min(of_parameters)], of_parameters[max(of_parameters)]
+    whole = of_parameters[max(n for n, t in of_parameters.items() if "Keras, jit_compile=True" in t.seconds)]
+    one, many = of_tensors[min(of_tensors)], of_tensors[max(of_tensors)]
+
+    def of_each(measured: Callable[[str], float], unit: float) -> str:
+        wdops, keras, jit = (
+            digits(measured(name) * unit) for name in ("wdops", "Keras, tf.function", "Keras, jit_compile=True")
+        )
+        return f"{wdops} (Keras: {keras}, under XLA {jit})"
+
+    def of_a_tensor(rival: str) -> float:
+        return (seconds(many, rival) - seconds(one, rival)) / (many.facts["count"] - one.facts["count"])
+
+    of_a_parameter = seconds(whole, "wdops") / whole.elements
+    alone = points("parameters", 1)[most.elements]
+    return (
+        f"A step costs µs: {of_each(lambda name: seconds(fewest, name), 1e6)}, however little there is to do. Every "
+        f"tensor more costs µs: {of_each(of_a_tensor, 1e6)}. Every parameter costs ns: "
+        f"{of_each(lambda name: seconds(whole, name) / whole.elements, 1e9)}, in one tensor of "
+        f"{whole.elements:,} and {threads} threads. So a tensor of wdops costs as much as "
+        f"{digits(of_a_tensor('wdops') / of_a_parameter)} parameters. With {most.elements:,} parameters the step "
+        f"moves {gigabytes_per_second(most, 'wdops'):.0f} GB/s, and with one thread in place of {threads} it takes "
+        f"{ratio(alone.seconds['wdops'], most.seconds['wdops']):.1f} times as long"
+    )
+
+
+FIGURES: dict[str, Callable[[Results], str]] = {
+    "machine": machine,
+    "step": step,
+    "whole-step": whole_step,
+    "drift": drift,
+    "small": small,
+    "small-training": small_training,
+    "activations": activations,
+    "dense-updates": dense_updates,
+    "dense-training": dense_training,
+    "rules": rules,
+    "grid": grid,
+    "scaling": scaling,
+}
+
+
+def filled(text: str, results: Results) -> str:
+    """`text` with its figures made of `results`."""
+
+    def figure(match: re.Match) -> str:
+        return f"{match[1]}{FIGURES[match[2]](results)}<!-- /bench -->"
+
+    return re.sub(r"(<!-- bench:(\S+) -->).*?<!-- /bench -->", figure, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    readme, results = (*map(Path, sys.argv[1:]), *(README, RESULTS)[len(sys.argv) - 1 :])
+    readme.write_text(filled(readme.read_text(), Results.read(results)))
+
+
+if __name__ == "__main__":
+    main()
