@@ -7,6 +7,7 @@ python benchmarks/figures.py [README.md] [results.json]
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from wdops.bench.timing import Table, gigabytes_per_second, milliseconds, ratio
 
 README, RESULTS = Path(__file__).parents[1] / "README.md", Path(__file__).with_name("results.json")
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "x86-64"}
+JIT = "Keras, jit_compile=True"
 VERSIONS = {"tensorflow": "TensorFlow", "keras": "Keras", "torch": "PyTorch", "deepspeed": "DeepSpeed"}
 
 
@@ -40,7 +42,7 @@ def digits(x: float) -> str:
 
 def rows(head: list[str], cells: Iterable[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *cells]
-    return "\n" + "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+    return "\n" + "".join(f"| {' | '.join(line)} |\n".replace("|  ", "| ") for line in lines)
 
 
 def side_by_side(corner: str, tables: list[Table]) -> str:
@@ -59,13 +61,17 @@ def side_by_side(corner: str, tables: list[Table]) -> str:
     return rows([corner, *(table.title for table in tables)], body)
 
 
+def paragraph(text: str) -> str:
+    return f"\n{textwrap.fill(text, 120)}\n"
+
+
 def machine(results: Results) -> str:
     facts = results.machine
-    versions = [f"{VERSIONS[name]} {number}" for name, number in facts["versions"].items() if name in VERSIONS]
-    return (
+    versions = [f"{name} {facts['versions'][key]}" for key, name in VERSIONS.items() if key in facts["versions"]]
+    mode = " of the short mode" if results.settings["short"] else ""
+    return paragraph(
         f"{facts['processor']} with {INSTRUCTION_SETS[facts['isa']]}, {facts['threads']} threads, "
-        f"{', '.join(versions)}; medians of {results.settings['rounds']} rounds"
-        + (", and, for now, of the command's short mode" if results.settings["short"] else "")
+        f"{', '.join(versions)}; medians of {results.settings['rounds']} rounds{mode}."
     )
 
 
@@ -80,7 +86,10 @@ def whole_step(results: Results) -> str:
 def drift(results: Results) -> str:
     seconds = results.suites["whole_step"][0].seconds
     ratios = [k / w for k, w in zip(seconds["Keras, tf.function"], seconds["wdops"], strict=True)]
-    return f"{min(ratios):.1f} to {max(ratios):.1f} times as long"
+    return paragraph(
+        "The machine is shared and its bandwidth drifts: over the rounds of the whole step, Keras under `tf.function` "
+        f"took {min(ratios):.1f} to {max(ratios):.1f} times as long."
+    )
 
 
 def small(results: Results) -> str:
@@ -151,9 +160,10 @@ def rules(results: Results) -> str:
 def grid(results: Results) -> str:
     (table,) = results.suites["grid"]
     together, alone, fit = (median(seconds) for seconds in table.seconds.values())
-    return (
-        f"{table.facts['settings']} settings side by side take {digits(together)} s, one after another in one "
-        f"`tf.function` {digits(alone)} s, and by `model.fit` {digits(fit)} s, tracing included"
+    return paragraph(
+        f"`python -m wdops grid` (suite `grid`): {table.facts['settings']} settings side by side take "
+        f"{digits(together)} s, one after another in one `tf.function` {digits(alone)} s, and by `model.fit` "
+        f"{digits(fit)} s, tracing included."
     )
 
 
@@ -171,28 +181,32 @@ def scaling(results: Results) -> str:
 
     of_parameters, of_tensors = points("parameters", threads), points("tensors", threads)
     fewest, most = of_parameters[min(of_parameters)], of_parameters[max(of_parameters)]
-    whole = of_parameters[max(n for n, t in of_parameters.items() if "Keras, jit_compile=True" in t.seconds)]
+    whole = of_parameters[max(n for n, t in of_parameters.items() if JIT in t.seconds)]
     one, many = of_tensors[min(of_tensors)], of_tensors[max(of_tensors)]
 
-    def of_each(measured: Callable[[str], float], unit: float) -> str:
-        wdops, keras, jit = (
-            digits(measured(name) * unit) for name in ("wdops", "Keras, tf.function", "Keras, jit_compile=True")
-        )
-        return f"{wdops} (Keras: {keras}, under XLA {jit})"
+    def of_each(constant: Callable[[str], float]) -> str:
+        """By wdops and, in brackets, by Keras."""
+        ours, keras, jit = (digits(constant(name)) for name in ("wdops", "Keras, tf.function", JIT))
+        return f"{ours} ({keras}, under XLA {jit})"
+
+    def of_a_call(rival: str) -> float:
+        return 1e6 * seconds(fewest, rival)
 
     def of_a_tensor(rival: str) -> float:
-        return (seconds(many, rival) - seconds(one, rival)) / (many.facts["count"] - one.facts["count"])
+        return 1e6 * (seconds(many, rival) - seconds(one, rival)) / (many.facts["count"] - one.facts["count"])
 
-    of_a_parameter = seconds(whole, "wdops") / whole.elements
+    def of_a_parameter(rival: str) -> float:
+        return 1e9 * seconds(whole, rival) / whole.elements
+
+    parameters = float(f"{1e3 * of_a_tensor('wdops') / of_a_parameter('wdops'):.1g}")
     alone = points("parameters", 1)[most.elements]
-    return (
-        f"A step costs µs: {of_each(lambda name: seconds(fewest, name), 1e6)}, however little there is to do. Every "
-        f"tensor more costs µs: {of_each(of_a_tensor, 1e6)}. Every parameter costs ns: "
-        f"{of_each(lambda name: seconds(whole, name) / whole.elements, 1e9)}, in one tensor of "
-        f"{whole.elements:,} and {threads} threads. So a tensor of wdops costs as much as "
-        f"{digits(of_a_tensor('wdops') / of_a_parameter)} parameters. With {most.elements:,} parameters the step "
-        f"moves {gigabytes_per_second(most, 'wdops'):.0f} GB/s, and with one thread in place of {threads} it takes "
-        f"{ratio(alone.seconds['wdops'], most.seconds['wdops']):.1f} times as long"
+    return paragraph(
+        f"However little there is to do, a step in a loop takes µs: {of_each(of_a_call)}, in brackets Keras's. For "
+        f"each further tensor it takes µs: {of_each(of_a_tensor)}. For each parameter of one tensor of "
+        f"{whole.elements:,} it takes ns: {of_each(of_a_parameter)}. So a further tensor costs wdops as much as some "
+        f"{parameters:,.0f} parameters. {most.elements:,} parameters are stepped at "
+        f"{gigabytes_per_second(most, 'wdops'):.0f} GB/s, and by one thread in "
+        f"{ratio(alone.seconds['wdops'], most.seconds['wdops']):.1f} times the time of {threads}."
     )
 
 

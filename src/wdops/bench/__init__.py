@@ -10,6 +10,7 @@ from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -76,18 +77,14 @@ def draw_ratios(tables: list[Table], figure: "Figure") -> None:
     heights = [2 + len(table.seconds) for table in tables]
     axes = figure.subplots(len(tables), squeeze=False, height_ratios=heights)[:, 0]
     for axis, table in zip(axes, tables, strict=True):
-        first = next(iter(table.seconds.values()))
-        ratios = {rival: timing.ratio(seconds, first) for rival, seconds in table.seconds.items()}
-        colors = ["C0" if k == 0 else "C7" for k in range(len(ratios))]
-        base = timing.milliseconds(first)
-        spread = [
-            [abs(ratios[rival] - edge / base) for edge in timing.quartiles(seconds)]
-            for rival, seconds in table.seconds.items()
-        ]
-        axis.barh(list(ratios), list(ratios.values()), color=colors, xerr=list(zip(*spread, strict=True)))
+        rounds = np.array(list(table.seconds.values()))
+        low, middle, high = np.quantile(rounds / rounds[0], (0.25, 0.5, 0.75), axis=1)
+        colors = ["C0"] + ["C7"] * (len(rounds) - 1)
+        axis.barh(list(table.seconds), middle, color=colors, xerr=(middle - low, high - middle))
         axis.invert_yaxis()
         axis.axvline(1, color="black", lw=1)
-        axis.set(title=f"{table.title}: times {next(iter(ratios))}, {base:.3g} ms")
+        first, seconds = next(iter(table.seconds.items()))
+        axis.set(title=f"{table.title}: times {first}, {timing.milliseconds(seconds):.3g} ms")
 
 
 def save_picture(suite: Any, tables: list[Table], path: Path) -> None:

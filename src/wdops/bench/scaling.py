@@ -46,6 +46,10 @@ def cases(short: bool) -> dict[str, dict[int, Shapes]]:
     }
 
 
+def threads_of(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def fitting(n: int) -> list[str]:
     """Those of HELD whose arrays of n elements fit into memory side by side."""
     names, room = [], memory_available()
@@ -67,7 +71,7 @@ def step(axis: str, count: int, shapes: Shapes, settings: Settings) -> Table:
     runs = {name: rival.run for name, rival in rivals.items()}
     if STREAM in names:
         runs[STREAM] = stream_of(n, (4, 3))
-    title = f"{count:,} {axis}, {THREADS} threads"
+    title = f"{axis}: {count:,}; {threads_of(THREADS)}"
     facts = {"axis": axis, "count": count, "threads": THREADS}
     known = dict.fromkeys(("wdops", STREAM), BYTES)
     return in_turn(title, runs, settings, elements=n, bytes_per_element=known, facts=facts)
@@ -83,15 +87,15 @@ def in_this_process(*settings: Any) -> list[dict[str, Any]]:
 def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:
     tables = []
     for threads in sorted({1, THREADS}):
-        progress(f"{threads} threads")
+        progress(threads_of(threads))
         found = in_its_own_process("scaling", f"in_this_process(*{astuple(settings)!r})", threads)
         tables += [Table(**table) for table in found]
     return tables
 
 
 def draw(tables: list[Table], figure: "Figure") -> None:
-    """Milliseconds against each axis; dashed: one thread."""
-    figure.set_size_inches(12, 5)
+    """Milliseconds against each axis; dashed: fewer threads."""
+    figure.set_size_inches(12, 6)
     axes = sorted({table.facts["axis"] for table in tables})
     threads = sorted({table.facts["threads"] for table in tables}, reverse=True)
     for plot, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True):
@@ -99,8 +103,8 @@ def draw(tables: list[Table], figure: "Figure") -> None:
             of_line = [t for t in tables if t.facts["axis"] == axis and t.facts["threads"] == count]
             for k, rival in enumerate(HELD):
                 points = [(t.facts["count"], milliseconds(t.seconds[rival])) for t in of_line if rival in t.seconds]
-                label = f"{rival}, {count} threads"
+                label = f"{rival}, {threads_of(count)}"
                 plot.plot(*zip(*points, strict=True), style, marker=".", color=f"C{k}", label=label)
         plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms of a step")
         plot.grid(alpha=0.3)
-    plot.legend(fontsize="small")
+    figure.legend(*plot.get_legend_handles_labels(), loc="outside lower center", ncols=2)

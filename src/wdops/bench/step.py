@@ -7,6 +7,7 @@ timed, all rivals step a few small tensors and must agree in every weight.
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +27,11 @@ from wdops.bench.timing import (
     Settings,
     Shapes,
     Table,
-    draw,
     each_way,
     elements,
     in_turn,
     loop,
+    normals,
     on_each_isa,
     stream_of,
 )
@@ -74,8 +75,8 @@ class Rival:
 
 def adamw(module: Any, shapes: Shapes) -> Callable[[str], Rival]:
     """Of `module`, keras.optimizers or that of wdops."""
-    variables = [keras.Variable(w) for w in draw(shapes, WEIGHTS)]
-    grads = list(draw(shapes, GRADS))
+    variables = [keras.Variable(w) for w in normals(shapes, WEIGHTS)]
+    grads = list(normals(shapes, GRADS))
     optimizer = module.AdamW(LR, WEIGHT_DECAY, BETA1, BETA2, EPSILON)
     optimizer.build(variables)
 
@@ -94,9 +95,9 @@ def adamw(module: Any, shapes: Shapes) -> Callable[[str], Rival]:
 
 
 def resource_apply_adam(shapes: Shapes) -> Rival:
-    params = [tf.Variable(w) for w in draw(shapes, WEIGHTS)]
+    params = [tf.Variable(w) for w in normals(shapes, WEIGHTS)]
     slots = [[tf.Variable(tf.zeros(s)) for s in shapes] for _ in range(2)]
-    grads = list(draw(shapes, GRADS))
+    grads = list(normals(shapes, GRADS))
 
     def step() -> None:
         for p, m, v, grad in zip(params, *slots, grads, strict=True):
@@ -120,6 +121,7 @@ def torch_optimizers() -> dict[str, Callable[[list], Any]]:
 
     found = {"PyTorch, fused": of_torch(fused=True), "PyTorch, foreach": of_torch(foreach=True)}
     if importlib.util.find_spec("deepspeed"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it looks for another, and prints that there is none
         adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
         found["DeepSpeedCPUAdam"] = lambda params: adam(params, LR, True, (BETA1, BETA2), EPSILON, WEIGHT_DECAY)
     return found
@@ -129,8 +131,8 @@ def torch_adamw(shapes: Shapes) -> Callable[[Callable[[list], Any]], Rival]:
     import torch
 
     torch.set_num_threads(THREADS)
-    params = [torch.nn.Parameter(torch.tensor(w.numpy())) for w in draw(shapes, WEIGHTS)]
-    for p, g in zip(params, draw(shapes, GRADS), strict=True):
+    params = [torch.nn.Parameter(torch.tensor(w.numpy())) for w in normals(shapes, WEIGHTS)]
+    for p, g in zip(params, normals(shapes, GRADS), strict=True):
         p.grad = torch.tensor(g.numpy())
 
     def way(make: Callable[[list], Any]) -> Rival:

@@ -75,7 +75,7 @@ def elements(shapes: Shapes) -> int:
     return sum(int(np.prod(s)) for s in shapes)
 
 
-def draw(shapes: Shapes, seed: int) -> Iterator[tf.Tensor]:
+def normals(shapes: Shapes, seed: int) -> Iterator[tf.Tensor]:
     """The same values each time; one tensor at a time, since twice the largest model may not fit into memory."""
     for k, shape in enumerate(shapes):
         yield tf.random.stateless_normal(shape, (seed, k))
