@@ -8,6 +8,7 @@
 #include "cpu/add_up.h"
 #include "cpu/factored.h"
 #include "cpu/float_mode.h"
+#include "cpu/stream.h"
 
 namespace wdops::cpu {
 namespace {
@@ -261,7 +262,8 @@ constexpr Kernels kKernels = {WDOPS_ISA,
 #include "rules/dtypes.inc"
                               },
                               &kFactoredKernels,
-                              &kActivationKernels};
+                              &kActivationKernels,
+                              &kStreamKernels};
 
 }  // namespace
 }  // namespace wdops::cpu

@@ -62,6 +62,7 @@ using SumPerLayout = std::array<Sum, kLayoutCount>;
 
 struct ActivationKernels;
 struct FactoredKernels;
+struct StreamKernels;
 
 struct Kernels {
   const char* isa;
@@ -79,6 +80,7 @@ struct Kernels {
   std::array<Sum, kDTypeCount> penalty;
   const std::array<FactoredKernels, kDTypeCount>* factored;
   const ActivationKernels* activations;
+  const StreamKernels* streams;
 };
 
 }  // namespace wdops::cpu

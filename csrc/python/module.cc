@@ -4,9 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <optional>
+#include <thread>
 
 #include "cpu/dispatch.h"
+#include "cpu/stream.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -187,6 +190,52 @@ py::tuple NormOf(const py::array& grad, const std::optional<py::array>& param,
                         cpu::IsFinite(sums, dtype));
 }
 
+// Reads the first arrays and writes the first of these, in so many threads at
+// most; returns the sum of all that it read, as integers.
+uint32_t Stream(const std::vector<py::array>& given, int reads, int writes,
+                int threads) {
+  const int count = given.size();
+  if (reads < 1 || reads > std::min(count, cpu::kMaxStreams) || writes < 0 ||
+      writes > reads || threads < 1) {
+    throw py::value_error(
+        "reads must be from 1 to the number of arrays and at most " +
+        std::to_string(cpu::kMaxStreams) +
+        ", writes from 0 to reads, threads at least 1");
+  }
+  Arrays arrays(given[0], "arrays[0]");
+  if (arrays.dtype() != k_float32)
+    throw py::value_error("arrays must be of float32");
+  uint32_t* data[cpu::kMaxStreams];
+  for (int k = 0; k < reads; ++k) {
+    data[k] = reinterpret_cast<uint32_t*>(arrays.Add(
+        given[k], "arrays[" + std::to_string(k) + "]", k_float32, k < writes));
+  }
+  const cpu::Stream stream =
+      cpu::ActiveKernels()->streams->of[reads - 1][writes];
+  const int64_t n = arrays.n();
+  py::gil_scoped_release release;
+  // Starting a thread takes as long as streaming so many bytes in a cache: what
+  // is less stays in one.
+  constexpr int64_t kBytes = 8 << 20;
+  std::vector<std::thread> others(
+      std::min<int64_t>(threads - 1, 4 * (reads + writes) * n / kBytes));
+  // What a thread claims at a time: it waits little for one that is slower, and
+  // the processor prefetches through a run as long as this.
+  const int64_t most = 1 << 18, shares = 4 * (1 + others.size());
+  const int64_t claim = std::min(most, cpu::Ceil(n, shares));
+  std::atomic<int64_t> claimed{0};
+  std::atomic<uint32_t> total{0};
+  const auto work = [&] {
+    for (int64_t begin; (begin = claimed.fetch_add(claim)) < n;) {
+      total += stream(data, begin, std::min(begin + claim, n));
+    }
+  };
+  for (std::thread& thread : others) thread = std::thread(work);
+  work();
+  for (std::thread& thread : others) thread.join();
+  return total;
+}
+
 PYBIND11_MODULE(_native, m) {
   py::list rules;
   for (const RuleInfo& rule : kRules) {
@@ -213,6 +262,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("active_isa", [] { return cpu::ActiveKernels()->isa; });
   m.def("apply", &Apply);
   m.def("norm", &NormOf);
+  m.def("stream", &Stream, "arrays"_a, "reads"_a, "writes"_a, "threads"_a);
 }
 
 }  // namespace

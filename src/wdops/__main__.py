@@ -1,6 +1,7 @@
-"""`python -m wdops`: what was built (`info`), a first look (`demo`), and a search for the right decay (`grid`)."""
+"""`python -m wdops`: what was built (`info`), a first look (`demo`), the right decay (`grid`), timings (`bench`)."""
 
 import argparse
+import ast
 import importlib
 import math
 import os
@@ -14,6 +15,18 @@ STRENGTHS = {
     "l1": [0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
     "proximal_l1": [0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
 }
+# The files of the suites by name; all of that folder but what they share.
+SUITES = {
+    path.stem.replace("_", "-"): path
+    for path in sorted(Path(__file__).with_name("bench").glob("[!_]*.py"))
+    if path.stem != "timing"
+}
+
+
+def describe_suites() -> None:
+    """Without importing them, which takes seconds."""
+    for name, path in SUITES.items():
+        print(f"{name:14}{ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]}")
 
 
 def start_tensorflow() -> None:
@@ -99,13 +112,42 @@ def main() -> None:
         "--compare", action="store_true", help="also train one after another, without and with model.fit, and time it"
     )
     grid.add_argument("--png", type=Path, default=Path("wdops_grid.png"), help="default: wdops_grid.png")
+    bench = commands.add_parser(
+        "bench",
+        help="time wdops beside its rivals",
+        description="Times wdops beside Keras, TensorFlow, PyTorch and DeepSpeed, those of them that are installed, "
+        "and beside a bare stream over memory; all take turns. Prints a table for each case.",
+    )
+    bench.add_argument("suites", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; default: all")
+    bench.add_argument("--list", action="store_true", help="print what each suite times, and end")
+    bench.add_argument("--short", action="store_true", help="small sizes and few rounds: all suites in 2 minutes")
+    bench.add_argument("--rounds", type=int, help="in which all rivals take turns; default: 15, or 3 with --short")
+    bench.add_argument(
+        "--patience",
+        type=float,
+        help="seconds to wait and repeat the rounds of a table that others disturb; default: 60, or 0 with --short",
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all seconds, and the machine's facts")
+    bench.add_argument("--png", type=Path, metavar="FOLDER", help="write a picture of each suite")
+    bench.add_argument("--compare", type=Path, metavar="OLD.json", help="print the ratio to what --json wrote before")
     arguments = vars(parser.parse_args())
     command = arguments.pop("command")
     if command == "info":
         info()
         return
-    for name in ("epochs", "steps", "hidden", "batch"):
-        if arguments.get(name, 1) < 1:
+    modules = [f"wdops.{command}"]
+    if command == "bench":
+        if arguments.pop("list"):
+            describe_suites()
+            return
+        if unknown := set(arguments["suites"]) - set(SUITES):
+            parser.error(f"suite {', '.join(sorted(unknown))}: the suites are {', '.join(SUITES)}")
+        if arguments["compare"] and not arguments["compare"].is_file():
+            parser.error(f"--compare: there is no file {arguments['compare']}")
+        arguments["suites"] = [SUITES[name].stem for name in arguments["suites"] or SUITES]
+        modules += [f"wdops.bench.{name}" for name in arguments["suites"]] + ["matplotlib"] * bool(arguments["png"])
+    for name in ("epochs", "steps", "hidden", "batch", "rounds"):
+        if arguments.get(name) is not None and arguments[name] < 1:
             parser.error(f"--{name} must be at least 1")
     if command == "grid":
         arguments["strengths"] = arguments["strengths"] or STRENGTHS[arguments["decay"]]
@@ -119,7 +161,7 @@ def main() -> None:
             parser.error("--seed must be from 0 to 2^32 - 1")
     start_tensorflow()
     try:
-        program = importlib.import_module(f"wdops.{command}")
+        program, *_ = map(importlib.import_module, modules)
     except ModuleNotFoundError as error:
         parser.exit(1, f'{command} needs {error.name}: pip install "wdops[demo]"\n')
     program.run(**arguments)

@@ -24,6 +24,7 @@ KERAS_SAMPLE = 3  # settings that model.fit is timed by
 
 Setting = Mapping[str, float]
 Loss = Callable[[list[tf.Tensor], tf.Tensor, tf.Tensor], tf.Tensor]
+Bar = Callable[[Sequence[Any]], Iterable[Any]]  # goes through what it is given, and shows how far it is
 
 
 class Copies:
@@ -155,16 +156,6 @@ def cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
 
 
-def evaluate(model: keras.Model, params: list[tf.Tensor], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Loss and accuracy of each copy."""
-
-    def of_one(copy: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        logits = model.stateless_call(copy, [], x)[0]
-        return cross_entropy(y, logits), tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == y, tf.float32))
-
-    return tuple(values.numpy() for values in tf.vectorized_map(of_one, params))
-
-
 def draw(
     loss: np.ndarray, accuracy: np.ndarray, best: int, decay: str, strengths: list[float], lrs: list[float], png: Path
 ) -> None:
@@ -186,38 +177,60 @@ def draw(
     figure.savefig(png, dpi=120)
 
 
-def one_after_another(
-    settings: Sequence[Setting],
-    params: Iterable[Any],
-    loss: Loss,
-    x: Any,
-    y: Any,
-    epochs: Iterable[np.ndarray],
-    rule: str,
-    progress: Progress,
-) -> list[tf.Tensor]:
-    """The params that `train` returns. To be a fair rival, it traces once, and all steps of a setting are one call."""
-    one = Copies(params, loss, 1, rule)
-    steps = np.concatenate(list(epochs))
-    trained = []
-    for setting in progress.track(settings, description="one after another"):
-        one.fit([setting], x, y, [steps])
-        trained.append(one.params())
-    return [tf.concat(copies, 0) for copies in zip(*trained, strict=True)]
+class Search:
+    """Training on the digits by each of `settings`, in the three ways that `--compare` times."""
 
+    def __init__(self, settings: list[Setting], *, rule: str, epochs: int, hidden: int, batch: int, seed: int) -> None:
+        self.settings, self.rule = settings, rule
+        self.epochs, self.hidden, self.batch, self.seed = epochs, hidden, batch, seed
+        self.data = digits(seed)
+        self.model = network(hidden, seed)
+        self.start = self.model.get_weights()
+        self.order = shuffled(len(self.data.train[0]), batch, epochs, seed)
+        # That model.fit is timed by.
+        self.sample = settings[:: -(-len(settings) // KERAS_SAMPLE)]
 
-def by_model_fit(
-    settings: Sequence[Setting], x: Any, y: Any, rule: str, epochs: int, hidden: int, batch: int, seed: int
-) -> None:
-    """As users of Keras would, with the optimizers of wdops."""
-    for setting in settings:
-        hypers = dict(setting) | ({"momentum": 0.9} if rule == "momentum" else {})
-        model = network(hidden, seed)
-        model.compile(
-            KERAS[rule](hypers.pop("lr"), **hypers),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
-        model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0)
+    def loss(self, params: list[tf.Tensor], x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        return cross_entropy(y, self.model.stateless_call(params, [], x)[0])
+
+    def warm_up(self) -> None:
+        """Whoever comes first would pay for what TensorFlow does once."""
+        for count in (1, 2):
+            train(self.settings[:count], self.start, self.loss, *self.data.train, [self.order[0][:1]], self.rule)
+
+    def side_by_side(self, bar: Bar = iter) -> list[tf.Tensor]:
+        """The params of all copies."""
+        return train(self.settings, self.start, self.loss, *self.data.train, bar(self.order), self.rule)[0]
+
+    def one_after_another(self, bar: Bar = iter) -> list[tf.Tensor]:
+        """The same. To be a fair rival, it traces once, and all steps of a setting are one call."""
+        one = Copies(self.start, self.loss, 1, self.rule)
+        steps = np.concatenate(self.order)
+        trained = []
+        for setting in bar(self.settings):
+            one.fit([setting], *self.data.train, [steps])
+            trained.append(one.params())
+        return [tf.concat(copies, 0) for copies in zip(*trained, strict=True)]
+
+    def sample_by_model_fit(self) -> None:
+        """As users of Keras would, with the optimizers of wdops."""
+        for setting in self.sample:
+            hypers = dict(setting) | ({"momentum": 0.9} if self.rule == "momentum" else {})
+            model = network(self.hidden, self.seed)
+            model.compile(
+                KERAS[self.rule](hypers.pop("lr"), **hypers),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            )
+            model.fit(*self.data.train, batch_size=self.batch, epochs=self.epochs, verbose=0)
+
+    def evaluate(self, params: list[tf.Tensor], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Loss and accuracy of each copy."""
+
+        def of_one(copy: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+            logits = self.model.stateless_call(copy, [], x)[0]
+            return cross_entropy(y, logits), tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == y, tf.float32))
+
+        return tuple(values.numpy() for values in tf.vectorized_map(of_one, params))
 
 
 def run(
@@ -235,51 +248,43 @@ def run(
 ) -> None:
     """Trains on the digits by every pair of a decay and an lr, draws the losses, and prints the best setting."""
     console = Console(soft_wrap=True)
-    data = digits(seed)
-    model = network(hidden, seed)
-    start = model.get_weights()
     settings = [{decay: strength, "lr": lr} for strength, lr in itertools.product(strengths, lrs)]
-    order = shuffled(len(data.train[0]), batch, epochs, seed)
-
-    def loss_of(params: list[tf.Tensor], x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        return cross_entropy(y, model.stateless_call(params, [], x)[0])
-
-    if compare:  # Whoever comes first would pay for what TensorFlow does once.
-        for count in (1, 2):
-            train(settings[:count], start, loss_of, *data.train, [order[0][:1]], rule)
+    search = Search(settings, rule=rule, epochs=epochs, hidden=hidden, batch=batch, seed=seed)
+    if compare:
+        search.warm_up()
 
     with Progress(console=console) as progress:
         begin = time.perf_counter()
-        bar = progress.track(order, description=f"{len(settings)} settings side by side")
-        params, _ = train(settings, start, loss_of, *data.train, bar, rule)
+        params = search.side_by_side(
+            lambda order: progress.track(order, description=f"{len(settings)} settings side by side")
+        )
         seconds = time.perf_counter() - begin
-        loss, accuracy = evaluate(model, params, *data.validation)
+        loss, accuracy = search.evaluate(params, *search.data.validation)
         console.print(
-            f"side by side: {seconds:.1f} s for {len(settings)} settings, {order[0].shape[0] * epochs} steps each"
+            f"side by side: {seconds:.1f} s for {len(settings)} settings, {len(search.order[0]) * epochs} steps each"
         )
         if compare:
             begin = time.perf_counter()
-            alone = one_after_another(settings, start, loss_of, *data.train, order, rule, progress)
+            alone = search.one_after_another(lambda each: progress.track(each, description="one after another"))
             rival = time.perf_counter() - begin
-            differences = np.abs(loss / evaluate(model, alone, *data.validation)[0] - 1)
+            differences = np.abs(loss / search.evaluate(alone, *search.data.validation)[0] - 1)
             console.print(
                 f"one after another, each in one tf.function: {rival:.1f} s, {rival / seconds:.1f} times as long; "
                 f"validation losses differ by {np.nanmedian(differences):.0e} in the median, "
                 f"{np.nanmax(differences):.0e} where rounding grows most"
             )
-            sample = settings[:: -(-len(settings) // KERAS_SAMPLE)]
             begin = time.perf_counter()
-            by_model_fit(sample, *data.train, rule, epochs, hidden, batch, seed)
-            rival = (time.perf_counter() - begin) * len(settings) / len(sample)
+            search.sample_by_model_fit()
+            rival = (time.perf_counter() - begin) * len(settings) / len(search.sample)
             console.print(
                 f"one after another, by model.fit: {rival:.0f} s, {rival / seconds:.0f} times as long, "
-                f"going by {len(sample)} of them"
+                f"going by {len(search.sample)} of them"
             )
     loss = np.where(np.isfinite(loss), loss, np.nan)
     if np.isnan(loss).all():
         raise SystemExit("Every setting diverged; smaller --lrs may not.")
     best = int(np.nanargmin(loss))
-    _, test_accuracy = evaluate(model, [p[best : best + 1] for p in params], *data.test)
+    _, test_accuracy = search.evaluate([p[best : best + 1] for p in params], *search.data.test)
     draw(loss, accuracy, best, decay, strengths, lrs, png)
     console.print(f"heat map: {png}")
     console.print(

@@ -1,36 +1,35 @@
-"""Times the whole of a training step behind the gradients, on BERT-base's 199 tensors, 109.5 M float32 elements.
+"""The whole step behind the gradients, on BERT-base: L2 penalty, clipping by the global norm, AdamW, moving average.
 
-    python benchmarks/whole_step.py [--rounds N] [--patience SECONDS] [--json FILE]
-
-That is: an L2 penalty in the gradient, and its value for the loss; the gradient clipped by its global norm; AdamW with
-decoupled decay; and a moving average of the weights. PyTorch takes part where it is installed. Before anything is
-timed, all rivals step a few small tensors and must agree in every weight, slot, average and penalty.
+The penalty is in the gradient, and its value is there for the loss; AdamW has decoupled decay. PyTorch takes part where
+it is installed. Before anything is timed, all rivals step a few small tensors and must agree in every weight, slot,
+average and penalty.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from timing import (
+
+from wdops import ops, optimizers
+from wdops.bench.timing import (
     BERT_BASE,
+    BERT_LAYER,
     THREADS,
     Run,
+    Settings,
     Shapes,
+    Table,
+    each_way,
     elements,
+    in_turn,
     loop,
-    measure,
-    parser_of,
-    print_machine,
-    print_ratios,
     stream_of,
-    write_json,
 )
-
-import wdops
+from wdops.regularizers import fold_regularizers
 
 try:
     import torch
@@ -39,6 +38,9 @@ except ImportError:
 
 LR, WEIGHT_DECAY, L2, CLIPNORM, EMA_MOMENTUM = 1e-3, 0.01, 1e-3, 1.0, 0.99
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-7
+STREAM = "a bare stream of the same reads and writes"
+# The norms read p and g; the step reads p, g, m, v and the average, and writes all but g.
+PASSES = ((2, 0), (5, 4))
 
 Arrays = list[np.ndarray]
 
@@ -66,10 +68,10 @@ def wdops_ops(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Rival
     penalty = tf.Variable(0, dtype=tf.float64)
 
     def step() -> None:
-        norms = wdops.ops.norms(grads, p, l2=L2)
+        norms = ops.norms(grads, p, l2=L2)
         penalty.assign(tf.reduce_sum(norms.penalty))
         iterations.assign_add(1)
-        wdops.ops.apply_adam(
+        ops.apply_adam(
             p,
             m,
             v,
@@ -143,8 +145,10 @@ def wdops_adamw(weights: Arrays, grads: list[tf.Tensor]) -> Callable[[bool], Riv
     model = keras.Sequential([layer])
     model.built = True
     model.set_weights(weights)
-    optimizer = adamw(wdops.optimizers)
-    wdops.fold_regularizers(model, optimizer)
+    optimizer = adamw(optimizers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that weight_decay decays the layer as well, which it should here
+        fold_regularizers(model, optimizer)
 
     def penalty_and_grads(variables: list[tf.Variable]) -> tuple[tf.Tensor, list[tf.Tensor]]:
         with tf.GradientTape():  # as in a training step
@@ -219,22 +223,23 @@ def torch_adamw(weights: Arrays, grads: Arrays) -> Callable[[bool], Rival]:
 
 
 def rivals(shapes: Shapes, share: bool) -> dict[str, Rival]:
-    """All rivals by name. With `share`, ways to run the same code have one set of variables, to fit into memory."""
+    """All by name, but for the stream. `share` is that of `each_way`."""
     weights, grads = start(shapes)
     tensors = [tf.constant(g) for g in grads]
-    made = {}
-
-    def add(make: Callable[..., Callable[[bool], Rival]], grads: list, names: dict[str, Any]) -> None:
-        way = make(weights, grads) if share else None
-        for name, option in names.items():
-            made[name] = (way or make(weights, grads))(option)
-
-    add(wdops_ops, tensors, {"wdops.ops": False, "wdops.ops, jit_compile": True})
-    add(wdops_adamw, tensors, {"wdops.optimizers": False, "wdops.optimizers, jit_compile": True})
-    add(keras_adamw, tensors, {"Keras, tf.function": False, "Keras, jit_compile": True})
+    made = each_way(lambda: wdops_adamw(weights, tensors), {"wdops": False, "wdops, jit_compile=True": True}, share)
+    made |= each_way(
+        lambda: wdops_ops(weights, tensors), {"wdops.ops": False, "wdops.ops, jit_compile=True": True}, share
+    )
+    made |= each_way(
+        lambda: keras_adamw(weights, tensors), {"Keras, tf.function": False, "Keras, jit_compile=True": True}, share
+    )
     if torch:
-        ways = {"autograd": "PyTorch", "by hand": "PyTorch, penalty by hand", "scaled": "PyTorch, clipped within AdamW"}
-        add(torch_adamw, grads, {name: way for way, name in ways.items()})
+        ways = {
+            "PyTorch, fused AdamW, foreach clipping and average, penalty by autograd": "autograd",
+            "the same with the penalty by foreach functions": "by hand",
+            "and clipped within the fused AdamW": "scaled",
+        }
+        made |= each_way(lambda: torch_adamw(weights, grads), ways, share)
     return made
 
 
@@ -258,18 +263,16 @@ def check_agreement(steps: int = 3) -> None:
             assert difference < 1e-4, f"{name} is {difference:.1e} from {first}"
 
 
-def main() -> None:
-    arguments = parser_of(__doc__, rounds=15).parse_args()
+def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:
+    progress("the rivals agree")
     check_agreement()
-    print_machine("ms of a step, and in brackets times wdops.optimizers")
-    runs = {name: rival.run for name, rival in rivals(BERT_BASE, share=True).items()}
-    # The norms read p and g; the step reads p, g, m, v and the average, and writes all but g.
-    runs["bare stream"] = stream_of(elements(BERT_BASE), (2, 0), (5, 4))
-    seconds = measure(runs, arguments.rounds, arguments.patience)
-    version = f", PyTorch {torch.__version__}" if torch else ""
-    print_ratios(f"BERT-base, 109.5 M in 199{version}", seconds, to="wdops.optimizers")
-    write_json(arguments.json, seconds)
-
-
-if __name__ == "__main__":
-    main()
+    title, shapes = "BERT-base, 109.5 M in 199", BERT_BASE
+    if settings.short:
+        title, shapes = "a layer of BERT-base, 7.1 M in 16", BERT_LAYER
+    progress(title)
+    keras.backend.clear_session()
+    n = elements(shapes)
+    runs = {name: rival.run for name, rival in rivals(shapes, share=True).items()} | {STREAM: stream_of(n, *PASSES)}
+    known = ("wdops", "wdops.ops", STREAM)
+    bytes_per_element = dict.fromkeys(known, 4 * sum(reads + writes for reads, writes in PASSES))
+    return [in_turn(title, runs, settings, elements=n, bytes_per_element=bytes_per_element)]
