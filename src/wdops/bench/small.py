@@ -56,28 +56,35 @@ def bare_step(layers: int, settings: Settings) -> Table:
 
 
 def training(module: Any, layers: int) -> Run:
-    """Steps of a perceptron as deep as `layers`, without an optimizer if `module` is None."""
+    """Steps of a perceptron as deep as `layers`, without an optimizer if `module` is None.
+
+    Each is a call from Python, as in `model.fit`: a function pays in every call for each variable that it captures.
+    """
     keras.utils.set_random_seed(0)
     stack = [keras.layers.Dense(UNITS, activation="relu", kernel_initializer="he_normal") for _ in range(layers)]
     model = keras.Sequential([keras.Input((UNITS,)), *stack])
     variables = model.trainable_variables
-    x, y = (tf.Variable(tf.random.stateless_normal((BATCH, UNITS), (0, seed))) for seed in (0, 1))
+    x, y = (tf.random.stateless_normal((BATCH, UNITS), (0, seed)) for seed in (0, 1))
     if module:
         optimizer = module.AdamW(LR, WEIGHT_DECAY)
         optimizer.build(variables)
-    taken = tf.Variable(0)
 
-    def step() -> None:
+    @tf.function
+    def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
         grads = tape.gradient(loss, variables)
         if module:
             optimizer.apply(grads, variables)
-        else:
-            with tf.control_dependencies(grads):  # or TensorFlow would leave them out
-                taken.assign_add(1)
+            return loss
+        with tf.control_dependencies(grads):  # or TensorFlow would leave them out
+            return tf.identity(loss)
 
-    return loop(step, jit=False)
+    def run(times: int) -> None:
+        for _ in range(times):
+            step(x, y)
+
+    return run
 
 
 def training_step(layers: int, settings: Settings) -> Table:
