@@ -71,7 +71,7 @@ def machine(results: Results) -> str:
     mode = " of the short mode" if results.settings["short"] else ""
     return paragraph(
         f"{facts['processor']} with {INSTRUCTION_SETS[facts['isa']]}, {facts['threads']} threads, "
-        f"{', '.join(versions)}; medians of {results.settings['rounds']} rounds{mode}."
+        f"{', '.join(versions)}; medians of up to {results.settings['rounds']} rounds{mode}."
     )
 
 
