@@ -71,7 +71,7 @@ def machine(results: Results) -> str:
     mode = " of the short mode" if results.settings["short"] else ""
     return paragraph(
         f"{facts['processor']} with {INSTRUCTION_SETS[facts['isa']]}, {facts['threads']} threads, "
-        f"{', '.join(versions)}; medians of {results.settings['rounds']} rounds{mode}."
+        f"{', '.join(versions)}; medians of up to {results.settings['rounds']} rounds{mode}."
     )
 
 
@@ -182,7 +182,7 @@ def scaling(results: Results) -> str:
     of_parameters, of_tensors = points("parameters", threads), points("tensors", threads)
     fewest, most = of_parameters[min(of_parameters)], of_parameters[max(of_parameters)]
     whole = of_parameters[max(n for n, t in of_parameters.items() if JIT in t.seconds)]
-    one, many = of_tensors[min(of_tensors)], of_tensors[max(of_tensors)]
+    one = of_tensors[min(of_tensors)]
 
     def of_each(constant: Callable[[str], float]) -> str:
         """By wdops and, in brackets, by Keras."""
@@ -193,7 +193,8 @@ def scaling(results: Results) -> str:
         return 1e6 * seconds(fewest, rival)
 
     def of_a_tensor(rival: str) -> float:
-        return 1e6 * (seconds(many, rival) - seconds(one, rival)) / (many.facts["count"] - one.facts["count"])
+        count, many = max((count, table) for count, table in of_tensors.items() if rival in table.seconds)
+        return 1e6 * (seconds(many, rival) - seconds(one, rival)) / (count - one.facts["count"])
 
     def of_a_parameter(rival: str) -> float:
         return 1e9 * seconds(whole, rival) / whole.elements

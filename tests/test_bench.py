@@ -176,9 +176,10 @@ def test_the_peak_of_a_step_holds_the_gradients_that_are_formed():
 
 def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
     monkeypatch.setattr(scaling, "memory_available", lambda: 10**9)
-    assert scaling.fitting(10**3) == list(scaling.HELD)
-    assert scaling.fitting(4 * 10**7) == ["wdops"]
-    assert scaling.fitting(10**9) == []
+    assert scaling.fitting([(10**3,)]) == list(scaling.HELD)
+    assert scaling.fitting([(4 * 10**7,)]) == ["wdops"]
+    assert scaling.fitting([(10**9,)]) == []
+    assert scaling.fitting([(10,)] * 5000) == ["wdops", step.STREAM, "Keras, tf.function"]
 
 
 def test_bars_show_every_rival():

@@ -129,7 +129,7 @@ def run(
     facts = new["machine"]
     console.print(
         f"{facts['processor']}, {facts['threads']} threads, {facts['isa']}, "
-        f"TensorFlow {facts['versions']['tensorflow']}; medians of {settings.rounds} rounds\n"
+        f"TensorFlow {facts['versions']['tensorflow']}; medians of up to {settings.rounds} rounds\n"
     )
     columns = (
         SpinnerColumn(),

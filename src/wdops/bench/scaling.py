@@ -1,7 +1,7 @@
 """The time of an AdamW step against the number of parameters, of tensors, and of threads.
 
-The number of threads is fixed in a process, so that each has processes of its own. What does not fit into the memory
-that is available is left out.
+The number of threads is fixed in a process, so that each has one of its own. What does not fit into the memory that is
+available is left out, and so is XLA where it would compile for many minutes.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,11 @@ from wdops.bench.timing import (
 if TYPE_CHECKING:  # only to draw
     from matplotlib.figure import Figure
 
-# Bytes a parameter that a rival holds: p, m, v, g; new buffers of all but g under XLA; and as many for Keras's
-# intermediate results.
-HELD = {"wdops": 16, STREAM: 16, "Keras, jit_compile=True": 28, "Keras, tf.function": 28}
-ROOM = 1.25  # the part of the memory that must be available is larger: values are drawn before they are assigned
+JIT = "Keras, jit_compile=True"
+MOST_TENSORS = 1000  # that XLA compiles a step of in a minute or two
+# Bytes a parameter that a rival holds at most, as measured: p, m, v and g are 16, the rest are results in between.
+HELD = {"wdops": 16, STREAM: 16, JIT: 24, "Keras, tf.function": 30}
+ROOM = 1.25  # times so much must be available: values are drawn before they are assigned
 IN_ALL, SHORT_IN_ALL = 5_000_000, 100_000  # parameters, in however many tensors
 
 
@@ -50,12 +51,12 @@ def threads_of(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
-def fitting(n: int) -> list[str]:
-    """Those of HELD whose arrays of n elements fit into memory side by side."""
+def fitting(shapes: Shapes) -> list[str]:
+    """Those of HELD that fit into memory side by side."""
     names, room = [], memory_available()
     for name, held in HELD.items():
-        room -= ROOM * held * n
-        if room > 0:
+        room -= ROOM * held * elements(shapes)
+        if room > 0 and (name != JIT or len(shapes) <= MOST_TENSORS):
             names.append(name)
     return names
 
@@ -63,7 +64,7 @@ def fitting(n: int) -> list[str]:
 def step(axis: str, count: int, shapes: Shapes, settings: Settings) -> Table:
     keras.backend.clear_session()
     n = elements(shapes)
-    names = fitting(n)
+    names = fitting(shapes)
     rivals = each_way(lambda: adamw(optimizers, shapes), {"wdops": "tf.function"})
     ways = {name: way for name, way in KERAS_COMPILED.items() if name in names}
     if ways:
@@ -81,7 +82,7 @@ def in_this_process(*settings: Any) -> list[dict[str, Any]]:
     """The tables for its number of threads, ready for JSON; `settings` are the fields of Settings."""
     asked = Settings(*settings)
     points = [(axis, *point) for axis, points in cases(asked.short).items() for point in points.items()]
-    return [asdict(step(axis, n, shapes, asked)) for axis, n, shapes in points if fitting(elements(shapes))]
+    return [asdict(step(axis, n, shapes, asked)) for axis, n, shapes in points if fitting(shapes)]
 
 
 def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:
