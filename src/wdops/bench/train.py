@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # only to draw
 
 SEED = 0
 STEPS, SHORT_STEPS = 8, 2  # of a call
-CALLS, SHORT_CALLS = 40, 3  # of a loss curve
+CALLS, SHORT_CALLS = 30, 3  # of a loss curve
 CHECKED = 2  # of them, from the first on
 MOST_DIFFERENCE = 1e-4  # relative, of the losses that are checked; in training, differences in rounding grow
 
