@@ -2,8 +2,8 @@
 
 Every rival trains by Keras's own `train_function`, several steps to a call (`steps_per_execution`), and wdops has all
 of its own that helps switched on. The first losses must agree before anything is timed. The share of the step is what
-a training step takes beyond the forward and the backward pass, which are timed alone too. Where it is small, the step
-is not the bottleneck, and no optimizer helps much.
+a training step takes beyond the forward and the backward pass, which are timed alone too, gradients written. Where it
+is small, the step is not the bottleneck, and no optimizer helps much.
 """
 
 import ctypes
@@ -24,6 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_digits
+from sklearn.utils import shuffle
 
 import wdops
 from wdops.bench.timing import Settings, Table, in_its_own_process, in_turn, ratio
@@ -57,9 +58,7 @@ class Task:
 
     title: str
     source: str  # of the data
-    inputs: Any
-    targets: np.ndarray
-    batch: int
+    batches: tuple[Any, np.ndarray]  # inputs and targets, over which training goes again and again
     network: Callable[[], keras.Model]
     loss: keras.losses.Loss
     optimizer: str
@@ -70,9 +69,15 @@ class Task:
 # ---- what is trained
 
 
+def in_batches(rows: np.ndarray, batch: int) -> np.ndarray:
+    """Made here, since tf.data would cut out every row and join them again, in the time of a step."""
+    count = len(rows) // batch
+    return rows[: count * batch].reshape(count, batch, *rows.shape[1:])
+
+
 def perceptron(short: bool) -> Task:
     width, layers, batch = (256 if short else 4096), 3, 32
-    images, labels = load_digits(return_X_y=True)
+    images, labels = shuffle(*load_digits(return_X_y=True), random_state=SEED)
 
     def network() -> keras.Model:
         decay = {"kernel_regularizer": keras.regularizers.L2(1e-5)}
@@ -82,9 +87,7 @@ def perceptron(short: bool) -> Task:
     return Task(
         title=f"MLP, {layers} x Dense({width}, elu, L2), batch {batch}",
         source=f"scikit-learn's {len(images)} handwritten digits of 8 x 8 pixels",
-        inputs=images.astype(np.float32) / 16,
-        targets=labels,
-        batch=batch,
+        batches=(in_batches(images.astype(np.float32) / 16, batch), in_batches(labels, batch)),
         network=network,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         optimizer="Adam",  # and not AdamW, since L2 is the decay
@@ -123,9 +126,7 @@ def transformer(short: bool) -> Task:
     return Task(
         title=f"causal transformer, {layers} layers of {size}, 4 heads, batch {batch} x {length}",
         source=f"the {len(text):,} characters of Python's help topics (pydoc_data.topics)",
-        inputs=windows[:, :-1],
-        targets=windows[:, 1:],
-        batch=batch,
+        batches=(in_batches(windows[:, :-1], batch), in_batches(windows[:, 1:], batch)),
         network=network,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         optimizer="AdamW",
@@ -164,19 +165,19 @@ def word_vectors(short: bool, embedding: type[keras.layers.Embedding] = keras.la
     places = random.integers(5, len(text) - 5, pairs)
     neighbours = text[places + random.integers(1, 6, pairs) * random.choice([-1, 1], pairs)]
     frequency = np.array(list(counts.values())) ** 0.75
-    others = random.choice(len(counts), (pairs, drawn), p=frequency / frequency.sum())
+    others = random.choice(len(counts), (pairs, drawn), p=frequency / frequency.sum()).astype(np.int32)
+    candidates = np.column_stack([neighbours, others])
+    is_neighbour = np.tile(np.float32([1] + [0] * drawn), (pairs, 1))
 
     def network() -> keras.Model:
-        word, candidates = keras.Input((), dtype="int32"), keras.Input((1 + drawn,), dtype="int32")
-        vectors = embedding(rows, size)(candidates), embedding(rows, size)(word)
-        return keras.Model([word, candidates], keras.layers.Dot(axes=(2, 1))(vectors))
+        inputs = keras.Input((), dtype="int32"), keras.Input((1 + drawn,), dtype="int32")
+        word, others = (embedding(rows, size)(x) for x in inputs)
+        return keras.Model(inputs, keras.layers.Dot(axes=(2, 1))([others, word]))
 
     return Task(
         title=f"skip-gram, 2 x {embedding.__name__}({rows}, {size}), {drawn} words drawn, batch {batch}",
         source=f"{pairs:,} pairs of the {len(source_words()):,} words and names in the source of Keras and NumPy",
-        inputs=(text[places], np.column_stack([neighbours, others]).astype(np.int32)),
-        targets=np.tile(np.float32([1] + [0] * drawn), (pairs, 1)),
-        batch=batch,
+        batches=((in_batches(text[places], batch), in_batches(candidates, batch)), in_batches(is_neighbour, batch)),
         network=network,
         loss=keras.losses.BinaryCrossentropy(from_logits=True),
         optimizer="AdamW",
@@ -229,8 +230,8 @@ class Training:
             if task.factor_gradients:
                 optimizer.factor_gradients(model)
         model.make_train_function()
-        rows = tf.data.Dataset.from_tensor_slices((task.inputs, task.targets)).shuffle(len(task.targets), seed=SEED)
-        self.batches = iter(rows.repeat().batch(task.batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE))
+        batches = tf.data.Dataset.from_tensor_slices(task.batches)
+        self.batches = iter(batches.repeat().prefetch(tf.data.AUTOTUNE))
         self.model = model
 
     def run(self, calls: int) -> None:
