@@ -26,8 +26,10 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 from sklearn.utils import shuffle
 
-import wdops
+from wdops import optimizers
 from wdops.bench.timing import Settings, Table, in_its_own_process, in_turn, ratio
+from wdops.layers import convert
+from wdops.regularizers import fold_regularizers
 
 if TYPE_CHECKING:  # only to draw
     from matplotlib.figure import Figure
@@ -40,15 +42,15 @@ MOST_DIFFERENCE = 1e-4  # relative, of the losses that are checked; in training,
 
 
 class Rival(NamedTuple):
-    library: ModuleType
+    optimizers: ModuleType
     jit_compile: bool
 
 
 RIVALS = {
-    "wdops": Rival(wdops, False),
-    "wdops, jit_compile=True": Rival(wdops, True),
-    "Keras, tf.function": Rival(keras, False),
-    "Keras, jit_compile=True": Rival(keras, True),
+    "wdops": Rival(optimizers, False),
+    "wdops, jit_compile=True": Rival(optimizers, True),
+    "Keras, tf.function": Rival(keras.optimizers, False),
+    "Keras, jit_compile=True": Rival(keras.optimizers, True),
 }
 
 
@@ -217,16 +219,16 @@ class Training:
     def __init__(self, task: Task, rival: Rival, steps: int, updates: bool = True) -> None:
         keras.utils.set_random_seed(SEED)
         model = task.network()
-        if rival.library is wdops:
-            model = wdops.convert(model).model
-        optimizer = getattr(rival.library.optimizers, task.optimizer)(**task.options) if updates else KeepGradients()
+        if rival.optimizers is optimizers:
+            model = convert(model).model
+        optimizer = getattr(rival.optimizers, task.optimizer)(**task.options) if updates else KeepGradients()
         model.compile(optimizer, task.loss, jit_compile=rival.jit_compile, steps_per_execution=steps)
         optimizer.build(model.trainable_variables)
         if not updates:
             for variable in model.trainable_variables:
                 variable.regularizer = None  # a penalty counts to the step
-        elif rival.library is wdops:
-            wdops.fold_regularizers(model, optimizer)
+        elif rival.optimizers is optimizers:
+            fold_regularizers(model, optimizer)
             if task.factor_gradients:
                 optimizer.factor_gradients(model)
         model.make_train_function()
@@ -311,7 +313,7 @@ def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:
 
 
 def draw(tables: list[Table], figure: "Figure") -> None:
-    """For each task the loss against the seconds of training, and the steps per second."""
+    """For each task the loss against the seconds of training, and the steps per second with the share of the step."""
     figure.set_size_inches(13, 3 * len(tables))
     rows = figure.subplots(len(tables), 2, squeeze=False, width_ratios=(2, 1))
     for (curves, bars), table in zip(rows, tables, strict=True):
@@ -322,7 +324,11 @@ def draw(tables: list[Table], figure: "Figure") -> None:
         curves.set(title=table.title, xlabel="seconds", ylabel=f"loss, mean of {steps} steps")
         curves.grid(alpha=0.3)
         rates = [1 / seconds for seconds in medians.values()]
-        bars.bar_label(bars.barh(list(medians), rates, color=[f"C{k}" for k in range(len(rates))]), fmt="%.1f")
+        drawn = bars.barh(list(medians), rates, color=[f"C{k}" for k in range(len(rates))])
+        shares = table.facts["share of the step"]
+        labels = [f"{rate:.1f}; {shares[rival]:.0%}" for rival, rate in zip(medians, rates, strict=True)]
+        bars.bar_label(drawn, labels, padding=2)
+        bars.margins(x=0.25)
         bars.invert_yaxis()
-        bars.set_xlabel("steps per second")
+        bars.set_xlabel("steps per second; the share of the step")
     rows[0][0].legend()
