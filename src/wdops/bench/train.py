@@ -116,18 +116,18 @@ def transformer(short: bool) -> Task:
 
     def network() -> keras.Model:
         inputs = keras.Input((length,), dtype="int32")
-        characters = keras.layers.ReversibleEmbedding(256, size)
-        x = Positions()(characters(inputs))
+        of_byte = keras.layers.ReversibleEmbedding(256, size)
+        x = Positions()(of_byte(inputs))
         for _ in range(layers):
             normal = keras.layers.LayerNormalization()(x)
             x += keras.layers.MultiHeadAttention(4, size // 4)(normal, normal, use_causal_mask=True)
             normal = keras.layers.LayerNormalization()(x)
             x += keras.layers.Dense(size)(keras.layers.Dense(4 * size, activation="relu")(normal))
-        return keras.Model(inputs, characters(keras.layers.LayerNormalization()(x), reverse=True))
+        return keras.Model(inputs, of_byte(keras.layers.LayerNormalization()(x), reverse=True))
 
     return Task(
         title=f"causal transformer, {layers} layers of {size}, 4 heads, batch {batch} x {length}",
-        source=f"the {len(text):,} characters of Python's help topics (pydoc_data.topics)",
+        source=f"the {len(text):,} bytes of Python's help topics (pydoc_data.topics)",
         batches=(in_batches(windows[:, :-1], batch), in_batches(windows[:, 1:], batch)),
         network=network,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
