@@ -5,11 +5,8 @@ step with an L2 regularizer, against Keras; the peak memory of such a step of fo
 The rivals must agree before anything is timed.
 """
 
-import ctypes
-import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import ModuleType
 
 import keras
@@ -17,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from wdops import layers, ops, optimizers
+from wdops.bench import timing
 from wdops.bench.timing import Run, Settings, Table, in_its_own_process, in_turn, loop, stream_of
 from wdops.factored import FactoredGradient
 from wdops.regularizers import fold_regularizers
@@ -88,20 +86,7 @@ def check_agreement(steps: int = 3) -> None:
 
 
 def peak_bytes(way: str, size: int) -> int:
-    """The most memory that two steps hold at once, beyond what the process has before them."""
-
-    def kilobytes(name: str) -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
-
-    run = loop(training(way, MEMORY_LAYERS, size)[1], jit=False)
-    # Building a model has a peak of its own, and leaves memory that a step could use unseen.
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
-    before = kilobytes("VmRSS:")
-    run(2)
-    return (kilobytes("VmHWM:") - before) * 1024
+    return timing.peak_bytes(loop(training(way, MEMORY_LAYERS, size)[1], jit=False))
 
 
 def measure(settings: Settings, progress: Callable[[str], None]) -> list[Table]:

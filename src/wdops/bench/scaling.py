@@ -13,6 +13,7 @@ import keras
 from wdops import optimizers
 from wdops.bench.step import BYTES, KERAS_COMPILED, STREAM, adamw
 from wdops.bench.timing import (
+    MOST_TENSORS,
     THREADS,
     Settings,
     Shapes,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # only to draw
     from matplotlib.figure import Figure
 
 JIT = "Keras, jit_compile=True"
-MOST_TENSORS = 1000  # that XLA compiles a step of in a minute or two
 # Bytes a parameter that a rival holds at most, as measured: p, m, v and g are 16, the rest are results in between.
 HELD = {"wdops": 16, STREAM: 16, JIT: 24, "Keras, tf.function": 30}
 ROOM = 1.25  # times so much must be available: values are drawn before they are assigned

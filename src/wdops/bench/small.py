@@ -24,7 +24,7 @@ from wdops.bench.step import (
     torch_adamw,
     torch_optimizers,
 )
-from wdops.bench.timing import Run, Settings, Table, each_way, elements, in_turn, loop, stream_of
+from wdops.bench.timing import MOST_TENSORS, Run, Settings, Table, each_way, elements, in_turn, stream_of
 
 LAYERS, SHORT_LAYERS = (200, 1000), (10, 50)  # of a kernel and a bias each
 UNITS, BATCH = 64, 32
@@ -48,7 +48,10 @@ def bare_step(layers: int, settings: Settings) -> Table:
     rivals |= each_way(lambda: adamw(keras.optimizers, shapes), KERAS_COMPILED)
     if torch_optimizers():
         rivals |= each_way(lambda: torch_adamw(shapes), torch_optimizers())
-    runs = {name: rival.run for name, rival in rivals.items()} | {STREAM: stream_of(n, (4, 3))}
+    runs = {
+        name: rival.run for name, rival in rivals.items() if "jit_compile" not in name or len(shapes) <= MOST_TENSORS
+    }
+    runs[STREAM] = stream_of(n, (4, 3))
     facts = {"tensors": len(shapes), "seconds of the first call": first_calls(runs)}
     title = f"AdamW, {n / 1e6:.2f} M in {len(shapes)}"
     known = dict.fromkeys(("wdops", *torch_optimizers(), STREAM), BYTES)

@@ -4,7 +4,9 @@ All rivals run in turn in every round, so that a drift of the machine meets them
 ratio of each to another as the median of the ratios within a round.
 """
 
+import ctypes
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -47,6 +49,7 @@ BERT_BASE: Shapes = [
     (768,),
 ]
 THREADS = len(os.sched_getaffinity(0))  # what TensorFlow's pool takes, too
+MOST_TENSORS = 1000  # that XLA compiles a step of in a minute or two
 QUIET = 0.04  # the part of the machine that others may take in a round that counts
 WEIGHTS, GRADS = range(2)  # seeds
 
@@ -240,6 +243,29 @@ def in_turn(
         bytes_per_element or {},
         (facts or {}) | {"others": quietest[-1][0]},
     )
+
+
+# ---- what is weighed
+
+
+def peak_bytes(run: Run) -> int:
+    """The most memory that a second step holds beyond what the process has before the first.
+
+    So what tracing and compiling leave behind counts, but not their own peak.
+    """
+
+    def kilobytes(name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
+
+    # Building a model leaves memory that a step could use unseen.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = kilobytes("VmRSS:")
+    run(1)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
+    run(1)
+    return (kilobytes("VmHWM:") - before) * 1024
 
 
 # ---- what the seconds say

@@ -6,9 +6,7 @@ a training step takes beyond the forward and the backward pass, which are timed 
 is small, the step is not the bottleneck, and no optimizer helps much.
 """
 
-import ctypes
 import functools
-import gc
 import importlib.util
 import pydoc_data.topics
 import re
@@ -27,6 +25,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils import shuffle
 
 from wdops import optimizers
+from wdops.bench import timing
 from wdops.bench.timing import Settings, Table, in_its_own_process, in_turn, ratio
 from wdops.layers import convert
 from wdops.regularizers import fold_regularizers
@@ -259,19 +258,7 @@ def peak_bytes(task: str, rival: str) -> int:
 
     That of tracing and compiling is not counted, but what they leave behind is.
     """
-
-    def kilobytes(name: str) -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
-
-    training = Training(TASKS[task](False), RIVALS[rival], STEPS)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or steps use unseen what building has left
-    before = kilobytes("VmRSS:")
-    training.run(1)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
-    training.run(1)
-    return (kilobytes("VmHWM:") - before) * 1024
+    return timing.peak_bytes(Training(TASKS[task](False), RIVALS[rival], STEPS).run)
 
 
 def train(name: str, settings: Settings, progress: Callable[[str], None]) -> Table:
