@@ -45,7 +45,7 @@ struct Inputs {
   int n = 0;
   std::vector<tensorflow::DataType> dtypes;  // of the gradients
   std::vector<std::string> lists;
-  std::vector<int> begin;  // of each list, among the op's tensors
+  std::vector<int> begin = {0};  // of each list, among the op's tensors
   std::vector<std::string> hypers;
   int slots = 0;                       // lists 1 to `slots` are slots
   int accumulator = -1, average = -1;  // the index of a list, or -1
@@ -88,7 +88,6 @@ template <class Context>
 absl::Status MakeInputs(const RuleInfo* rule, Context* ctx, Inputs* inputs) {
   TF_RETURN_IF_ERROR(ctx->GetAttr("T", &inputs->dtypes));
   inputs->n = inputs->dtypes.size();
-  inputs->begin = {0};
   const auto add = [&](const char* attr, const char* name,
                        int* place) -> absl::Status {
     int tensors;
