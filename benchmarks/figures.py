@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from wdops.bench.timing import Table, gigabytes_per_second, milliseconds, ratio
+from wdops.bench.timing import STREAM, Table, gigabytes_per_second, milliseconds, ratio
 
 README, RESULTS = Path(__file__).parents[1] / "README.md", Path(__file__).with_name("results.json")
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "x86-64"}
@@ -143,7 +143,7 @@ def rules(results: Results) -> str:
 
     body: dict[str, list[str]] = {}
     for isa in (active, *others):
-        parts = {t.title: ratio(t.seconds["bare stream"], t.seconds[on(isa, "wdops")]) for t in of_rules}
+        parts = {t.title: ratio(t.seconds[STREAM], t.seconds[on(isa, "wdops")]) for t in of_rules}
         slowest = min(parts, key=parts.get)
         usual = sorted(part for rule, part in parts.items() if rule != slowest)
         body.setdefault("all rules but the slowest, of the stream's speed", []).append(

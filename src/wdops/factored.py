@@ -9,8 +9,8 @@ from wdops._load import raw_ops
 
 # Up to so many rows, factors are kept where the step makes their product once, and where it makes it twice: a norm
 # that is taken of each element needs the product before the step does. Beyond, a gradient that is made once, and
-# written, costs less time. benchmarks/dense.py times the first; the second is reckoned from it and the bytes that are
-# saved, and was not timed.
+# written, costs less time. The suite `dense` of the bench times the first; the second is reckoned from it and the bytes
+# that are saved, and was not timed.
 MOST_ROWS = {1: 512, 2: 64}
 _FLOATS = (tf.float32, tf.float64)
 _WIDER = {

@@ -10,11 +10,10 @@ from typing import Any
 import tensorflow as tf
 
 from wdops import ops
-from wdops.bench.timing import Run, Settings, Table, in_turn, loop, stream_of
+from wdops.bench.timing import STREAM, Run, Settings, Table, in_turn, loop, stream_of
 
 SHAPES, SHORT_SHAPES = ((65536, 1024), (128, 1024)), ((4096, 1024), (128, 1024))
 RIVALS: dict[str, Callable[..., Any]] = {"elu": tf.nn.elu, "relu": tf.nn.relu, "leaky_relu": tf.nn.leaky_relu}
-STREAM = "a bare stream of the same reads and writes"
 # Forward, one array is read and another written; backward, two and one. The stream writes what it has read, as a write
 # to memory fetches it first.
 PASSES = ((2, 1), (3, 1))

@@ -12,13 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from wdops import ops, reference
-from wdops.bench.timing import Run, Settings, Table, in_turn, loop, on_each_isa, ratio, stream_of
+from wdops.bench.timing import STREAM, Run, Settings, Table, in_turn, loop, on_each_isa, ratio, stream_of
 
 if TYPE_CHECKING:  # only to draw
     from matplotlib.figure import Figure
 
 ELEMENTS, SHORT_ELEMENTS = 1 << 25, 1 << 20
-STREAM = "bare stream"
 SLOTS = "adam by its slots"
 # Hyperparameters that have no default.
 REQUIRED = {"lr": 1e-3, "step": 1000, "u_product": 0.1}

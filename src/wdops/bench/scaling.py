@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from wdops import optimizers
-from wdops.bench.step import BYTES, KERAS_COMPILED, STREAM, adamw
+from wdops.bench.step import BYTES, KERAS_COMPILED, adamw
 from wdops.bench.timing import (
     MOST_TENSORS,
+    STREAM,
     THREADS,
     Settings,
     Shapes,

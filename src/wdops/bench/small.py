@@ -17,14 +17,13 @@ from wdops.bench.step import (
     BYTES,
     KERAS_COMPILED,
     LR,
-    STREAM,
     WDOPS,
     WEIGHT_DECAY,
     adamw,
     torch_adamw,
     torch_optimizers,
 )
-from wdops.bench.timing import MOST_TENSORS, Run, Settings, Table, each_way, elements, in_turn, stream_of
+from wdops.bench.timing import MOST_TENSORS, STREAM, Run, Settings, Table, each_way, elements, in_turn, stream_of
 
 LAYERS, SHORT_LAYERS = (200, 1000), (10, 50)  # of a kernel and a bias each
 UNITS, BATCH = 64, 32

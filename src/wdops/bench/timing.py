@@ -52,6 +52,7 @@ THREADS = len(os.sched_getaffinity(0))  # what TensorFlow's pool takes, too
 MOST_TENSORS = 1000  # that XLA compiles a step of in a minute or two
 QUIET = 0.04  # the part of the machine that others may take in a round that counts
 WEIGHTS, GRADS = range(2)  # seeds
+STREAM = "a bare stream of the same reads and writes"
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,16 @@ def in_its_own_process(module: str, call: str, processors: int = THREADS) -> Any
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def check_changes(changes: dict[str, list[np.ndarray]]) -> None:
+    """Raises AssertionError if a rival has changed an array otherwise than the first."""
+    first, *others = changes
+    for name in others:
+        for got, expected in zip(changes[name], changes[first], strict=True):
+            difference = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+            # Keras and PyTorch make the bias corrections in float32.
+            assert difference < 1e-4, f"{name} is {difference:.1e} from {first}"
+
+
 # ---- timing
 
 
@@ -248,24 +259,24 @@ def in_turn(
 # ---- what is weighed
 
 
+def _bytes_in(file: str, name: str) -> int:
+    """Of a file of lines `name: kilobytes kB`."""
+    return int(next(line for line in Path(file).read_text().splitlines() if line.startswith(name)).split()[1]) << 10
+
+
 def peak_bytes(run: Run) -> int:
     """The most memory that a second step holds beyond what the process has before the first.
 
     So what tracing and compiling leave behind counts, but not their own peak.
     """
-
-    def kilobytes(name: str) -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
-
     # Building a model leaves memory that a step could use unseen.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = kilobytes("VmRSS:")
+    before = _bytes_in("/proc/self/status", "VmRSS:")
     run(1)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     run(1)
-    return (kilobytes("VmHWM:") - before) * 1024
+    return _bytes_in("/proc/self/status", "VmHWM:") - before
 
 
 # ---- what the seconds say
@@ -306,8 +317,7 @@ def caches() -> dict[str, int]:
 
 def memory_available() -> int:
     """In bytes."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+    return _bytes_in("/proc/meminfo", "MemAvailable:")
 
 
 def _processor() -> str:
