@@ -132,19 +132,22 @@ def test_options_give_the_same_bits_on_every_instruction_set(rule, layout):
 
 @rules
 @dtypes
-def test_an_option_that_is_neutral_changes_no_bit(rule, dtype, isa):
-    hypers = own_hypers(rule) | TERMS
+@pytest.mark.parametrize("decay", ["all", "none"])
+def test_an_option_that_is_neutral_changes_no_bit(rule, dtype, decay, isa):
+    hypers = own_hypers(rule) | DECAYS[decay]
     start = random_case(rule, dtype, N)
-    plain = bits(run(rule, [a.copy() for a in start], hypers))
-    for more in (
-        {"accumulator": np.zeros(N, DTYPES[dtype])},
-        {"average": np.zeros(N, DTYPES[dtype])},
-        {"scaled_proximal": True, "proximal_l1": 0.0, "proximal_l2": 0.0},
+    start[0][::7] = start[-1][::5] = -0.0
+    zeros = np.zeros(N, DTYPES[dtype])
+    off = {"proximal_l1": 0.0, "proximal_l2": 0.0}
+    for own, more in (
+        ({}, {"accumulator": zeros}),
+        ({}, {"average": zeros}),
+        (off, {"scaled_proximal": True}),
+        # A step that has none of these terms has a loop of its own.
+        ({"clip_value": 0.0}, {"clip_value": 3e38}),
     ):
-        want = plain
-        if "scaled_proximal" in more:
-            want = bits(run(rule, [a.copy() for a in start], hypers | {"proximal_l1": 0.0, "proximal_l2": 0.0}))
-        assert bits(run(rule, [a.copy() for a in start], hypers | more)) == want, more
+        want = bits(run(rule, [a.copy() for a in start], hypers | own))
+        assert bits(run(rule, [a.copy() for a in start], hypers | own | more)) == want, more
 
 
 @rules
@@ -284,8 +287,9 @@ def test_a_dtype_of_slots_that_does_not_go_with_the_param_is_refused():
 
 @pytest.mark.parametrize("rule", [rule for rule in reference.RULES if rule not in WHOLE])
 @dtypes
-def test_every_size_and_offset_is_a_piece_of_the_whole(rule, dtype, isa):
-    hypers = own_hypers(rule) | TERMS
+@pytest.mark.parametrize("decay", ["all", "none"])
+def test_every_size_and_offset_is_a_piece_of_the_whole(rule, dtype, decay, isa):
+    hypers = own_hypers(rule) | DECAYS[decay]
     start = random_case(rule, dtype, N)
     whole = run(rule, [a.copy() for a in start], hypers)
     for n in SIZES:

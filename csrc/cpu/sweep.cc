@@ -49,9 +49,11 @@ struct Arrays {
 // What most steps are: no accumulator, no average, one direct loop. The step is
 // taken by value here, so that no store can change it and its constants stay in
 // registers.
-template <bool kStochastic, template <class> class Rule, class T, class SlotT>
-void SweepPlain(const Step<Rule, Compute<T>> step, const Chunk& chunk) {
+template <bool kStochastic, bool kBare, template <class> class Rule, class T,
+          class SlotT>
+void SweepPlain(const Step<Rule, Compute<T>> given, const Chunk& chunk) {
   using S = Compute<T>;
+  const auto step = kBare ? given.Bare() : given;
   constexpr int kSlots = Step<Rule, S>::kSlots;
   const Arrays<T, SlotT, kSlots> a(chunk, 0);
   const uint32_t high = static_cast<uint64_t>(chunk.begin) >> 32;
@@ -110,8 +112,10 @@ void SweepRounded(const Step<Rule, Compute<T>>& step, const Chunk& chunk) {
     SweepFull<kStochastic, kRate, Rule, T, SlotT>(step, chunk);
   } else if (chunk.accumulator || chunk.average) {
     SweepFull<kStochastic, false, Rule, T, SlotT>(step, chunk);
+  } else if (!kStochastic && step.IsBare()) {
+    SweepPlain<kStochastic, !kStochastic, Rule, T, SlotT>(step, chunk);
   } else {
-    SweepPlain<kStochastic, Rule, T, SlotT>(step, chunk);
+    SweepPlain<kStochastic, false, Rule, T, SlotT>(step, chunk);
   }
 }
 

@@ -21,11 +21,12 @@ WDOPS_FN V Sign(V x) {
 }
 
 // sign(x) * max(|x| - threshold, 0), written so that |x| <= threshold gives an
-// exact 0 and NaN propagates.
+// exact 0 and NaN propagates; x itself for a threshold of 0.
 template <class S, class V>
 WDOPS_FN V SoftThreshold(V x, S threshold) {
-  return x - Select(x > threshold, threshold,
-                    Select(x < -threshold, -threshold, x));
+  const V shrunk = x - Select(x > threshold, threshold,
+                              Select(x < -threshold, -threshold, x));
+  return Select(threshold == 0, x, shrunk);
 }
 
 // The penalty of elements whose sums of |x| and of x^2 these are.

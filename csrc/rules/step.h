@@ -116,6 +116,20 @@ struct Step : Gradient<S> {
         key(MakeKey<U>(hyper[kSeed])),
         rule(hyper[kLr], hyper + kStepHyperCount) {}
 
+  // Whether there is neither a penalty nor a limit of values nor a proximal
+  // step, as in most steps.
+  bool IsBare() const {
+    return this->l1 == 0 && this->l2_slope == 0 && clip_value == 0 &&
+           threshold == 0 && shrink == 1;
+  }
+  // A bare step that the compiler knows to be one: it leaves out what is off.
+  WDOPS_FN Step Bare() const {
+    Step step = *this;
+    step.l1 = step.l2_slope = step.clip_value = step.threshold = 0;
+    step.shrink = 1;
+    return step;
+  }
+
   template <class V>
   WDOPS_FN V Clip(V g) const {
     return ClipValue(clip_scale * g, clip_value);
