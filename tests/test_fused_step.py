@@ -578,8 +578,6 @@ def test_conversion_carries_exclusions_and_refuses_what_keras_has_not():
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("around", [{}, {"global_clipnorm": 0.5}, {"use_ema": True}], ids=str)
 def test_groups_and_schedules_reach_sparse_gradients(around, skip):
-    """Rows by Keras's code equal the dense gradient in SGD without momentum, where untouched rows do not move."""
-
     def train(dense):
         table = keras.Variable(np.ones((6, 4), np.float32), name="table")
         other = keras.Variable(np.ones(3, np.float32), name="other")

@@ -56,10 +56,17 @@ def checked(name: str, value: Any) -> Any:
     return value if hyperparameters.changes(value) else float(value)
 
 
-def is_keras_business(grad: Any, variable: Any) -> bool:
-    """Whether Keras's own code steps this variable: its gradient is sparse, or its dtype is not that of a kernel."""
-    sparse = isinstance(grad, tf.IndexedSlices) and not isinstance(grad, factored.FactoredGradient)
-    return sparse or tf.as_dtype(variable.dtype) not in ops.DTYPES
+def is_keras_business(variable: Any) -> bool:
+    """Whether Keras's own code steps this variable: its dtype is not that of a kernel."""
+    return tf.as_dtype(variable.dtype) not in ops.DTYPES
+
+
+def dense(grad: Any, variable: Any) -> tf.Tensor:
+    """A gradient as a tensor: rows of an embedding that occur twice are added up, as they stand in the loss."""
+    if isinstance(grad, tf.IndexedSlices):
+        # tf.convert_to_tensor would ask a batch for the shape, and warn that it is unknown.
+        return tf.math.unsorted_segment_sum(grad.values, grad.indices, variable.shape[0])
+    return tf.convert_to_tensor(grad)
 
 
 class _Own:
@@ -91,8 +98,8 @@ class _Batch:
 class FusedStep(keras.optimizers.Optimizer):
     """Mixed in before a Keras class, it replaces how a step reaches the variables.
 
-    A dense step is `_whole_step`. Where a gradient is sparse, a variable no float, under a distribution strategy, and
-    in a subclass with methods of its own, it is `_step_by_keras`: Keras's code, around ops of the same kernels.
+    A step is `_whole_step`. Where a variable is no float, under a distribution strategy, and in a subclass with methods
+    of its own, it is `_step_by_keras`: Keras's code, around ops of the same kernels.
     """
 
     _RULES: tuple[str, ...]
@@ -469,7 +476,7 @@ class FusedStep(keras.optimizers.Optimizer):
         index = [self._get_variable_index(v) for v in variables]
         whole = self._is_whole and not (self._moves_between_steps and self._penalizes(index))
         whole = whole and not any(
-            is_keras_business(g, v) or self._overwrite_variable_with_gradient(v)
+            is_keras_business(v) or self._overwrite_variable_with_gradient(v)
             for g, v in zip(grads, variables, strict=True)
             if g is not None
         )
@@ -490,12 +497,7 @@ class FusedStep(keras.optimizers.Optimizer):
             if found is not None:
                 return found
             self._warn_of_whole(kernel)
-            return tf.convert_to_tensor(grad)
-        if isinstance(grad, factored.FactoredGradient):
-            return grad
-        # Keras's code for sparse gradients asks hyperparameters for their value while it is traced.
-        sparse = isinstance(grad, tf.IndexedSlices) and not self._changing()
-        return grad if sparse else tf.convert_to_tensor(grad)
+        return grad if isinstance(grad, factored.FactoredGradient) else dense(grad, variable)
 
     def _warn_of_whole(self, variable: Any) -> None:
         key = self._var_key(variable)
@@ -724,8 +726,8 @@ class FusedStep(keras.optimizers.Optimizer):
         try:
             if not skip_nonfinite:
                 return step()
-            values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads if g is not None]
-            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in values if g.dtype.is_floating])
+            floats = [g for g in grads if g is not None and g.dtype.is_floating]
+            finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in floats])
             applied = tf.cond(finite, step, lambda: tf.constant(False))
             self._own.step_applied.assign(applied)
             return applied
@@ -768,24 +770,21 @@ class FusedStep(keras.optimizers.Optimizer):
         counters = self._counters()
         variables = [v.value if isinstance(v, keras.Variable) else v for v in trainable_variables]
         pairs = list(zip(grads, variables, strict=True))
-        dense = [pair for pair in pairs if not is_keras_business(*pair)]
+        ours = [pair for pair in pairs if not is_keras_business(pair[1])]
         # The fused ops come first: they check everything before they write.
-        if dense:
-            for batch in self._batches(*map(list, zip(*dense, strict=True))):
+        if ours:
+            for batch in self._batches(*map(list, zip(*ours, strict=True))):
                 self._update_batch(batch, learning_rate, {n: x for n, (_, x) in counters.items()})
         for variable, value in counters.values():
             variable.assign(value)
         for grad, variable in pairs:
-            if is_keras_business(grad, variable):
+            if is_keras_business(variable):
                 self.update_step(grad, variable, learning_rate)
 
     def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
         index = [self._get_variable_index(variable)]
-        # Sparse rows with a term that reaches every row, or with slots of another dtype than Keras's code takes.
-        proximal = any(self._may_change(n) or getattr(self, n) for n in COEFFICIENTS[2:])
-        dense = self.slot_dtype or self._penalizes(index) or proximal
-        if variable.dtype in ops.DTYPES and (dense or not is_keras_business(gradient, variable)):
-            gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
+        if not is_keras_business(variable):
+            gradient = tf.cast(dense(gradient, variable), variable.dtype)
             self._update_batch(_Batch(index, [variable], [gradient]), learning_rate)
             return
         lr = tf.cast(learning_rate, variable.dtype)

@@ -24,9 +24,9 @@ _DOC = """{keras_class} with its whole step fused into one op, and one pass, for
 
     Around the rule stands the step that `wdops.ops.apply_sgd` describes: clipping, accumulation, the moving average
     (`use_ema`), the loss scale and all decays are in that pass, and clipping by a norm reads the gradients once before.
-    Steps with a gradient that is a `tf.IndexedSlices`, with a variable that is no float, and under a distribution
-    strategy run Keras's code around the fused rule; l1, l2, the proximal terms and another `slot_dtype` reach every
-    row, and make such a gradient dense, as a Keras regularizer makes it.
+    Steps with a variable that is no float, and under a distribution strategy, run Keras's code around the fused rule.
+    A gradient that is a `tf.IndexedSlices` is made dense, and rows that occur twice are added up: Keras's Adam adds up
+    their squares in v.
 
     Every hyperparameter that is a number here or in `{keras_class}` may also be a scalar tensor or variable, a
     `LearningRateSchedule` (of `iterations`), or a callable without arguments, and is saved as `learning_rate` is; not
