@@ -4,6 +4,7 @@
 // A stream is nothing here, a table is the variables themselves, and there is
 // no scratch.
 #include <cstring>
+#include <list>
 #include <string>
 #include <vector>
 
@@ -105,29 +106,68 @@ void ForTiles(const WdopsVariable& v, const Run& run, std::vector<Sums>* sums) {
   }
 }
 
-// The sums that run(chunk) gives over all chunks of a variable.
+// Copies of the rows that a variable has a gradient of, one behind the other.
+class Gathered {
+ public:
+  explicit Gathered(const WdopsVariable& v) : dense_(v) {
+    if (!v.rows) return;
+    dense_.rows = nullptr;
+    Gather(v, kDTypeBytes[v.dtype], &dense_.param);
+    for (void*& slot : dense_.slot) {
+      Gather(v, kDTypeBytes[v.slot_dtype], &slot);
+    }
+    Gather(v, kDTypeBytes[v.dtype], &dense_.accumulator);
+    Gather(v, kDTypeBytes[v.dtype], &dense_.average);
+  }
+  const WdopsVariable& operator*() const { return dense_; }
+
+ private:
+  void Gather(const WdopsVariable& v, int64_t size, void** array) {
+    if (!*array) return;
+    std::vector<char> copy(v.n * size);
+    const int64_t bytes = v.width * size;
+    for (int64_t r = 0; r * v.width < v.n; ++r) {
+      memcpy(&copy[r * bytes], static_cast<char*>(*array) + v.rows[r] * bytes,
+             bytes);
+    }
+    copies_.push_back(std::move(copy));
+    *array = copies_.back().data();
+  }
+
+  WdopsVariable dense_;
+  std::list<std::vector<char>> copies_;
+};
+
+// Calls run(chunk) for every run of memory of a variable without rows; returns
+// the sum of what it returns for each of its chunks.
 template <class Run>
 Sums ForChunks(const WdopsVariable& v, const Run& run) {
   std::vector<Sums> sums;
   if (v.x) {
     ForTiles(v, run, &sums);
-  } else if (v.rows) {
-    for (int64_t r = 0; r * v.width < v.n; ++r) {
-      const int64_t row = v.rows[r] * v.width;
-      for (int64_t i = 0; i < v.width; i += kChunk) {
-        sums.push_back(run(ChunkAt(v, row + i, std::min(kChunk, v.width - i),
-                                   At(v.grad, r * v.width + i, v.dtype))));
-      }
-    }
   } else {
     for (int64_t i = 0; i < v.n; i += kChunk) {
       sums.push_back(run(
           ChunkAt(v, i, std::min(kChunk, v.n - i), At(v.grad, i, v.dtype))));
     }
   }
-  return AddUp(sums.size(), [&](int64_t i) {
-    return std::array{sums[i].a, sums[i].b, sums[i].c, sums[i].d};
-  });
+  return AddUp(sums.data(), sums.size());
+}
+
+// Calls run(chunk) for every run of memory of a variable.
+template <class Run>
+void ForRuns(const WdopsVariable& v, const Run& run) {
+  if (!v.rows) {
+    ForChunks(v, [&](const Chunk& chunk) {
+      run(chunk);
+      return Sums();
+    });
+    return;
+  }
+  for (int64_t r = 0; r * v.width < v.n; ++r) {
+    const int64_t row = v.rows[r] * v.width;
+    run(ChunkAt(v, row, v.width, At(v.grad, r * v.width, v.dtype)));
+  }
 }
 
 std::string Quoted(const char* text) { return '"' + std::string(text) + '"'; }
@@ -242,17 +282,20 @@ int wdops_cuda_apply(int rule, const void* host_table, const void*, void* steps,
     AnyStep step;
     kRules[rule].make_step[dtype](hyper.of, given.options, &step);
     if (kRules[rule].trust) {
-      const Sums sums = ForChunks(v, [&](const Chunk& chunk) {
+      const Sums sums = ForChunks(*Gathered(v), [&](const Chunk& chunk) {
         return kernels.trust[rule][layout](&step, chunk);
       });
       kRules[rule].set_trust[dtype](&step, TrustRatio(sums));
     }
-    const double l1 = hyper.of[kL1];
-    const Sums sums = ForChunks(v, [&](const Chunk& chunk) {
+    ForRuns(v, [&](const Chunk& chunk) {
       kernels.sweep[rule][layout](&step, chunk);
-      return penalty ? kernels.penalty[dtype](&l1, chunk) : Sums();
     });
-    if (penalty) penalty[i] = PenaltyOf(l1, hyper.of[kL2], sums.a, sums.b);
+    if (!penalty) continue;
+    const double l1 = hyper.of[kL1];
+    const Sums sums = ForChunks(*Gathered(v), [&](const Chunk& chunk) {
+      return kernels.penalty[dtype](&l1, chunk);
+    });
+    penalty[i] = PenaltyOf(l1, hyper.of[kL2], sums.a, sums.b);
   }
   return kSuccess;
 }
@@ -271,13 +314,13 @@ int wdops_cuda_norms(const void* host_table, const void*, const void* steps,
     if (grad_scale) hyper.of[kGradScale] *= *grad_scale;
     AnyStep step;
     kRules[0].make_step[dtype](hyper.of, {}, &step);
-    const Sums sums = ForChunks(v, [&](const Chunk& chunk) {
+    const Sums sums = ForChunks(*Gathered(v), [&](const Chunk& chunk) {
       return kernels.gradient[dtype](&step, chunk);
     });
     norm[i] = std::sqrt(sums.a);
     penalty[i] =
         v.param ? PenaltyOf(hyper.of[kL1], hyper.of[kL2], sums.b, sums.c) : 0;
-    *finite &= IsFinite(sums, dtype);
+    *finite &= IsFinite(sums, dtype == k_float64);
   }
   return kSuccess;
 }

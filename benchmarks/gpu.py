@@ -1,7 +1,7 @@
 """Checks and times the kernels of csrc/cuda: no TensorFlow, no network, nothing that must be installed before.
 
-    python benchmarks/gpu.py                  on a machine with a card, nvcc, g++ and NumPy
-    python benchmarks/gpu.py --device cpu     the same logic on small sizes where there is no card: its times mean nothing
+    python benchmarks/gpu.py                on a machine with a card, nvcc, g++ and NumPy
+    python benchmarks/gpu.py --device cpu   without a card: the same logic on small sizes, and times that mean nothing
 
 1. builds csrc/cuda for the card with nvcc, and the kernels of this machine's CPU with g++, behind the same interface;
 2. compares every kernel with an oracle in float64 (oracle.py) in a bound that is the rounding errors' own, and bit by
@@ -28,9 +28,11 @@ from typing import Any
 
 import gpu_cases
 import gpu_libraries
+import gpu_speed
 import numpy as np
 from gpu_cases import Verdict
 from gpu_libraries import ROOT, Library, Tables
+from gpu_speed import WDOPS, Table
 
 SMALL_RULES = ["adam", "lamb"]  # for compute-sanitizer: the second has sums before its step
 SANITIZERS = ["memcheck", "racecheck"]
@@ -109,42 +111,48 @@ def sanitize(arguments: argparse.Namespace) -> dict[str, str]:
 # ---- the times
 
 
-def show_table(table: Any) -> None:
-    first = next(iter(table.seconds), None)
-    rows = []
-    for rival, seconds in table.seconds.items():
-        share = table.share(rival)
-        speed = table.bytes.get(rival, 0) / median(seconds) / 1e9
-        low, high = np.quantile(seconds, (0.25, 0.75)) * 1e3
-        rows.append([
-            rival, f"{median(seconds) * 1e3:.4f}", f"{low:.4f} to {high:.4f}", f"{table.ratio(rival, first):.2f}",
-            f"{speed:.0f}" if speed else "", "" if share is None else f"{share:.3f}",
-        ])  # fmt: skip
-    show(table.title, ["", "ms", "quartiles", f"times {first}", "GB/s", "of the copy's speed"], rows)
-    for note in table.notes:
+def show_suite(tables: list[Table]) -> None:
+    """A table for each, but a line for each that has a copy alone beside it."""
+    lines, notes = [], {}
+    for table in tables:
+        notes |= dict.fromkeys(table.notes)
+        if table.is_share:
+            seconds = median(table.seconds[WDOPS])
+            speed = table.bytes[WDOPS] / seconds / 1e9
+            lines.append([table.title, f"{seconds * 1e3:.4f}", f"{speed:.0f}", f"{table.share(WDOPS):.3f}"])
+            continue
+        first, rows = next(iter(table.seconds), None), []
+        for rival, seconds in table.seconds.items():
+            share = table.share(rival)
+            speed = table.bytes.get(rival, 0) / median(seconds) / 1e9
+            low, high = np.quantile(seconds, (0.25, 0.75)) * 1e3
+            cells = [f"{median(seconds) * 1e3:.4f}", f"{low:.4f} to {high:.4f}", f"{table.ratio(rival, first):.2f}"]
+            rows.append([rival, *cells, f"{speed:.0f}" if speed else "", "" if share is None else f"{share:.3f}"])
+        show(table.title, ["", "ms", "quartiles", f"times {first}", "GB/s", "of the copy's speed"], rows)
+    if lines:
+        show("Beside a copy of as many bytes", ["", "ms", "GB/s", "of the copy's speed"], lines)
+    for note in notes:
         print(f"  {note}")
 
 
-def draw(tables: list[Any], title: str, path: Path) -> None:
-    """The rules' shares of the copy's speed, and a bar for each rival beside the first."""
+def draw(tables: list[Table], title: str, path: Path) -> None:
+    """The shares of the copy's speed, and below a bar for each rival beside the first."""
     from matplotlib.figure import Figure
 
-    shares = [(t.title, t.share(next(iter(t.seconds)))) for t in tables if len(t.seconds) == 2]
-    shares = [(name, share) for name, share in shares if share is not None]
-    beside = [t for t in tables if len(t.seconds) > 2]
-    heights = [len(shares), *(1 + len(t.seconds) for t in beside)]
-    figure = Figure(figsize=(10, 1 + 0.32 * sum(heights)), layout="constrained")
+    shares = {table.title: table.share(WDOPS) for table in tables if table.is_share}
+    beside = [table for table in tables if table.seconds and not table.is_share]
+    heights = [1 + len(shares), *(1 + len(table.seconds) for table in beside)]
+    figure = Figure(figsize=(10, 1 + 0.3 * sum(heights)), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(len(heights), squeeze=False, height_ratios=[max(h, 1) for h in heights])[:, 0]
-    axes[0].barh([name for name, _ in shares], [share for _, share in shares])
-    axes[0].axvline(1, color="black", lw=1)
+    axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    axes[0].barh(list(shares), list(shares.values()))
     axes[0].set_title("speed, of that of a copy", loc="left")
-    axes[0].invert_yaxis()
     for axis, table in zip(axes[1:], beside, strict=True):
         first = next(iter(table.seconds))
         axis.barh(list(table.seconds), [table.ratio(rival, first) for rival in table.seconds])
-        axis.axvline(1, color="black", lw=1)
         axis.set_title(f"{table.title}: time, of that of {first}", loc="left")
+    for axis in axes:
+        axis.axvline(1, color="black", lw=1)
         axis.invert_yaxis()
     figure.savefig(path, dpi=100)
 
@@ -157,7 +165,12 @@ def facts(kernels: Library, tables: Tables, arguments: argparse.Namespace) -> di
     for name in ("torch", "matplotlib"):
         if name in sys.modules:
             versions[name] = sys.modules[name].__version__
-    found = {"card": kernels.name, "driver": kernels.driver, "isa": tables.isa, "device": arguments.device}
+    found: dict[str, Any] = {
+        "card": kernels.name,
+        "driver": kernels.driver,
+        "isa": tables.isa,
+        "device": arguments.device,
+    }
     if arguments.device == "gpu":
         said = subprocess.run([gpu_libraries.nvcc(), "--version"], capture_output=True, text=True, check=False).stdout
         found["nvcc"] = said.strip().splitlines()[-1] if said else "?"
@@ -179,7 +192,11 @@ def main() -> int:
         print(f"[{time.perf_counter() - begin:5.1f} s] {title}", flush=True)
 
     part("building")
-    paths = gpu_libraries.build(arguments.device, arguments.build, arguments.csrc, arguments.arch)
+    csrc = arguments.csrc.resolve()
+    paths = gpu_libraries.build(
+        gpu_libraries.kernels(arguments.device, csrc, arguments.build, arguments.arch),
+        gpu_libraries.kernels_of_cpu(arguments.device, csrc, arguments.build),
+    )
     kernels, cpu = map(Library, paths)
     kernels.available()
     tables = Tables.of(paths[1])
@@ -201,14 +218,11 @@ def main() -> int:
     show("compute-sanitizer", ["", ""], [[tool, said] for tool, said in sanitizers.items()])
     wrong |= any(said.startswith("errors") for said in sanitizers.values())
 
-    # Here, because importing PyTorch takes seconds that the process under compute-sanitizer should not spend.
-    import gpu_speed
-
     part("timing" if on_card else "timing, on a stand-in: these times mean nothing")
     timed = []
-    for table in gpu_speed.measure(kernels, tables, gpu_speed.FULL if on_card else gpu_speed.TINY, on_card):
-        show_table(table)
-        timed.append(table)
+    for suite in gpu_speed.measure(kernels, tables, gpu_speed.FULL if on_card else gpu_speed.TINY, on_card):
+        show_suite(suite)
+        timed += suite
 
     machine = facts(kernels, tables, arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)

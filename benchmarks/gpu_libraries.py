@@ -23,6 +23,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+STAND_IN = ROOT / "tests" / "cuda_on_cpu"
 # What the processor must have for an instruction set, as /proc/cpuinfo calls it; best first.
 FLAGS = {"avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"}, "avx2": {"avx2"}, "baseline": set()}
 
@@ -33,7 +34,7 @@ int64 = ctypes.c_int64
 class Variable(ctypes.Structure):
     """WdopsVariable."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n", int64),
         ("dtype", ctypes.c_int32),
         ("slot_dtype", ctypes.c_int32),
@@ -93,7 +94,7 @@ class Library:
     """The functions of cuda/interface.h and gpu_device.cu; those that return a cudaError_t raise it."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+        self._library = ctypes.CDLL(str(path.resolve()))
         self._library.wdops_cuda_error.restype = ctypes.c_char_p
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(self._library, name)
@@ -181,7 +182,7 @@ class Plan:
         self.host_table = np.zeros(library.table_bytes(self.count), np.uint8)
         library.fill_table((Variable * self.count)(*variables), self.count, self.host_table.ctypes.data)
         self.table = Memory(library, self.host_table)
-        self.steps = Memory(library, library.steps_bytes(self.count))
+        self.steps = Memory(library, library.steps_bytes(1 if hypers.ndim == 1 else self.count))
         pinned = Pointer()
         library.device_allocate_pinned(ctypes.byref(pinned), self.steps.bytes)
         self.pinned = pinned.value
@@ -293,51 +294,17 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
 
 
-def build(device: str, folder: Path, csrc: Path, architecture: str) -> tuple[Path, Path]:
-    """The kernels of csrc/cuda for `device`, "gpu" or "cpu", and those of the CPU, both behind the same interface.
-
-    For "cpu", g++ compiles csrc/cuda against the stand-in for CUDA's runtime, and all quickly rather than well.
-    """
-    stand_in = ROOT / "tests" / "cuda_on_cpu"
-    options = cmake_options()
-    gpp = ["g++", "-std=c++17", f"-I{csrc}", "-fPIC", "-fvisibility=hidden", *options["rule"]]
-    of_stand_in = [*gpp, "-O1", f"-I{stand_in}", "-x", "c++"]
-    if device == "gpu":
-        compiler = nvcc()
-        if compiler is None:
-            raise RuntimeError("there is no nvcc on PATH, in $CUDA_HOME or in /usr/local/cuda")
-        link = [compiler, f"-arch={architecture}"]
-        candidate = [*link, "-std=c++17", "-O3", f"-I{csrc}", *options["cuda"]]
-        candidate += [f"-Xcompiler=-fPIC,-fvisibility=hidden,{','.join(options['rule'][1:])}"]
-        isa, speed = best_isa(), []
-    else:
-        link, candidate = ["g++"], of_stand_in
-        isa, speed = "baseline", ["-O1"]
-    on_cpu = [*gpp, *speed, *options[isa], f'-DWDOPS_ISA="{isa}"']
-    cpu = {source: on_cpu for source in (csrc / "cpu").glob("*.cc") if source.stem != "dispatch"}
-    cpu |= {HERE / "cpu_interface.cc": on_cpu, HERE / "gpu_device.cu": of_stand_in}
-    kernels = dict.fromkeys([*(csrc / "cuda").glob("*.cu"), HERE / "gpu_device.cu"], candidate)
-
-    made_of = [path for place in (csrc, stand_in) for path in place.rglob("*") if path.is_file()]
-    made_of += HERE.glob("*.c[cu]")
-    made = [_Shared("kernels", kernels, link, folder, made_of), _Shared("cpu", cpu, ["g++"], folder, made_of)]
-    commands = [command for shared in made for command in shared.commands()]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(_run, commands))
-    return made[0].linked(), made[1].linked()
-
-
-class _Shared:
+class Shared:
     """A shared library, under a name that has a digest of all it is made of: one that is there is used again."""
 
     def __init__(
-        self, name: str, sources: dict[Path, list[str]], link: list[str], folder: Path, made_of: list[Path]
+        self, folder: Path, name: str, sources: dict[Path, list[str]], link: list[str], made_of: list[Path]
     ) -> None:
-        """`sources`: with the command that compiles each."""
+        """`sources`: with the command that compiles each; `made_of`: the folders of what they include."""
         digest = hashlib.sha256(repr((sorted(sources.items()), link)).encode())
-        for path in sorted(made_of):
+        for path in sorted(path for place in made_of for path in place.rglob("*") if path.is_file()):
             digest.update(path.read_bytes())
-        self.path = folder / f"{name}-{digest.hexdigest()[:16]}.so"
+        self.path = folder.resolve() / f"{name}-{digest.hexdigest()[:16]}.so"
         self.sources, self.link = sources, link
 
     def commands(self) -> list[list[str]]:
@@ -360,3 +327,44 @@ class _Shared:
 
     def _object(self, source: Path) -> str:
         return str(self._objects / f"{source.name}.o")
+
+
+def _gpp(csrc: Path) -> list[str]:
+    return ["g++", "-std=c++17", f"-I{csrc}", "-fPIC", "-fvisibility=hidden", *cmake_options()["rule"]]
+
+
+def _on_stand_in(csrc: Path) -> list[str]:
+    """Quickly rather than well."""
+    return [*_gpp(csrc), "-O1", f"-I{STAND_IN}", "-x", "c++"]
+
+
+def kernels(device: str, csrc: Path, folder: Path, architecture: str = "native") -> Shared:
+    """The kernels of csrc/cuda, by nvcc for "gpu", and for "cpu" by g++ against the stand-in for CUDA's runtime."""
+    if device == "gpu":
+        compiler = nvcc()
+        if compiler is None:
+            raise RuntimeError("there is no nvcc on PATH, in $CUDA_HOME or in /usr/local/cuda")
+        link = [compiler, f"-arch={architecture}"]
+        command = [*link, "-std=c++17", "-O3", f"-I{csrc}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        command += cmake_options()["cuda"]
+    else:
+        link, command = ["g++"], _on_stand_in(csrc)
+    sources = [*(csrc / "cuda").glob("*.cu"), HERE / "gpu_device.cu"]
+    return Shared(folder, "kernels", dict.fromkeys(sources, command), link, [csrc, STAND_IN, HERE])
+
+
+def kernels_of_cpu(device: str, csrc: Path, folder: Path) -> Shared:
+    """The kernels of the CPU behind the same interface: for "gpu", those of its best instruction set."""
+    isa = best_isa() if device == "gpu" else "baseline"
+    command = [*_gpp(csrc), *cmake_options()[isa], f'-DWDOPS_ISA="{isa}"', *([] if device == "gpu" else ["-O1"])]
+    sources = {source: command for source in (csrc / "cpu").glob("*.cc") if source.stem != "dispatch"}
+    sources |= {HERE / "cpu_interface.cc": command, HERE / "gpu_device.cu": _on_stand_in(csrc)}
+    return Shared(folder, "cpu", sources, ["g++"], [csrc, STAND_IN, HERE])
+
+
+def build(*libraries: Shared) -> list[Path]:
+    """Compiles all their sources side by side."""
+    commands = [command for library in libraries for command in library.commands()]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(_run, commands))
+    return [library.linked() for library in libraries]

@@ -7,9 +7,10 @@ are medians of the ratios within a round. A step of wdops includes making its co
 from __future__ import annotations
 
 import gc
+import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -18,10 +19,6 @@ import numpy as np
 from gpu_cases import HYPERS, NEUTRAL, store
 from gpu_libraries import Library, Memory, Plan, Tables, Variable
 
-try:
-    import torch
-except ImportError:
-    torch = None
 
 Run = Callable[[], None]
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -45,7 +42,7 @@ class Sizes:
     sample: float  # seconds of a rival in a round
 
 
-FULL = Sizes(1 << 28, 1 << 26, 10_000, 1000, 24, 1, (16384, 4096), (4096, 4096), 15, 4.0, 5e-3)
+FULL = Sizes(1 << 28, 1 << 26, 10_000, 1000, 24, 1, (16384, 4096), (4096, 4096), 21, 4.0, 1e-2)
 # To run every line on a machine without a card; its times mean nothing.
 TINY = Sizes(1 << 13, 1 << 12, 20, 100, 1, 128, (64, 32), (64, 48), 3, 1.0, 0.0)
 
@@ -56,6 +53,11 @@ class Table:
     seconds: dict[str, list[float]]  # of one step of each rival, in each round
     bytes: dict[str, int] = field(default_factory=dict)  # that a step reads and writes, where it is known
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_share(self) -> bool:
+        """Whether there is but a copy to compare with."""
+        return list(self.seconds) == [WDOPS, COPY]
 
     def ratio(self, above: str, below: str) -> float:
         return median(a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True))
@@ -88,8 +90,9 @@ def bert_large(layers: int, narrower: int) -> list[int]:
 class Bench:
     """A library with its clock, and what is said of rivals that cannot run."""
 
-    def __init__(self, library: Library, tables: Tables, sizes: Sizes, on_card: bool) -> None:
-        self.library, self.tables, self.sizes, self.on_card = library, tables, sizes, on_card
+    def __init__(self, library: Library, tables: Tables, sizes: Sizes, on_card: bool, torch: Any) -> None:
+        """`torch`: the module, or None."""
+        self.library, self.tables, self.sizes, self.on_card, self.torch = library, tables, sizes, on_card, torch
         self.events = [library.made("new_event") for _ in range(2)]
         self.milliseconds = np.zeros(1, np.float32)
 
@@ -157,7 +160,11 @@ class Bench:
     @property
     def torch_stream(self) -> AbstractContextManager:
         """PyTorch on the same stream, so that the same events time it."""
-        return torch.cuda.stream(torch.cuda.ExternalStream(self.library.stream)) if self.on_card else nullcontext()
+        return (
+            self.torch.cuda.stream(self.torch.cuda.ExternalStream(self.library.stream))
+            if self.on_card
+            else nullcontext()
+        )
 
     def on_torch(self, run: Run) -> Run:
         def on_stream() -> None:
@@ -174,10 +181,10 @@ class Bench:
         return lambda: self.library.device_launch(graph, self.library.stream)
 
     def torch_graph_of(self, run: Run) -> Run:
-        graph = torch.cuda.CUDAGraph()
+        graph = self.torch.cuda.CUDAGraph()
         self.on_torch(run)()
         self.library.device_wait(self.library.stream)
-        with torch.cuda.graph(graph):
+        with self.torch.cuda.graph(graph):
             run()
         return self.on_torch(graph.replay)
 
@@ -256,14 +263,14 @@ class Torch:
     """The same parameters and gradients in PyTorch."""
 
     def __init__(self, bench: Bench, sizes: list[int]) -> None:
-        self.bench = bench
+        self.bench, self.torch = bench, bench.torch
         device = "cuda" if bench.on_card else "cpu"
-        self.params = [torch.nn.Parameter(torch.randn(n, device=device)) for n in sizes]
+        self.params = [self.torch.nn.Parameter(self.torch.randn(n, device=device)) for n in sizes]
         for param in self.params:
-            param.grad = torch.randn_like(param)
+            param.grad = self.torch.randn_like(param)
 
     def optimizer(self, name: str, **arguments: Any) -> Any:
-        return getattr(torch.optim, name)(self.params, **{"lr": LR} | arguments)
+        return getattr(self.torch.optim, name)(self.params, **{"lr": LR} | arguments)
 
     def rivals(self, name: str, **arguments: Any) -> dict[str, Run]:
         """Whichever of the ways PyTorch has for this optimizer here; the others are left out."""
@@ -287,11 +294,11 @@ class Torch:
         optimizer = self.optimizer("AdamW", fused=True, weight_decay=WEIGHT_DECAY)
         averages = [param.detach().clone() for param in self.params]
 
-        @torch.no_grad()
+        @self.torch.no_grad()
         def step() -> None:
-            torch.nn.utils.clip_grad_norm_(self.params, CLIPNORM, foreach=True)
+            self.torch.nn.utils.clip_grad_norm_(self.params, CLIPNORM, foreach=True)
             optimizer.step()
-            torch._foreach_lerp_(averages, self.params, 1 - EMA_MOMENTUM)
+            self.torch._foreach_lerp_(averages, self.params, 1 - EMA_MOMENTUM)
 
         return {"torch: clip_grad_norm_, fused AdamW, foreach average": self.bench.on_torch(step)}
 
@@ -299,16 +306,21 @@ class Torch:
 # ---- the tables
 
 
-def measure(library: Library, tables: Tables, sizes: Sizes, on_card: bool) -> Iterator[Table]:
-    bench = Bench(library, tables, sizes, on_card)
+def measure(library: Library, tables: Tables, sizes: Sizes, on_card: bool) -> Iterator[list[Table]]:
+    """Suite after suite; what cannot run is a note, because times never fail."""
+    torch = None
+    with suppress(ImportError):  # only here: it takes seconds, which compute-sanitizer would multiply
+        torch = importlib.import_module("torch")
+    bench = Bench(library, tables, sizes, on_card, torch)
     for suite in (_rules, _one, _bert, _small, _whole, _activations, _factors):
         held: list[Any] = []
+        found: list[Table] = []
         try:
-            yield from suite(bench, held)
+            found.extend(suite(bench, held))
         except Exception as error:
-            yield Table(suite.__name__.strip("_"), {}, notes=[f"was not timed: {type(error).__name__}: {error}"])
-        finally:
-            _release(bench, held)
+            found.append(Table(suite.__name__.strip("_"), {}, notes=[f"{suite.__name__.strip('_')} stopped: {error}"]))
+        yield found
+        _release(bench, held)
 
 
 def _release(bench: Bench, held: list[Any]) -> None:
@@ -317,8 +329,8 @@ def _release(bench: Bench, held: list[Any]) -> None:
         memory.free()
     held.clear()
     gc.collect()
-    if torch is not None and bench.on_card:
-        torch.cuda.empty_cache()
+    if bench.torch is not None and bench.on_card:
+        bench.torch.cuda.empty_cache()
 
 
 def _fitting(bench: Bench, wanted: int, bytes_each: int) -> tuple[int, list[str]]:
@@ -364,7 +376,7 @@ def _beside_torch(
         name = f"{WDOPS}, in a graph"
         runs[name] = bench.graph_of(stepped.launched)
         bytes_[name] = stepped.bytes
-    if torch is None:
+    if bench.torch is None:
         notes = [*notes, "PyTorch is not installed"]
     else:
         optimizer, arguments = OPTIMIZERS[rule]
@@ -407,8 +419,8 @@ def _whole(bench: Bench, held: list[Any]) -> Iterator[Table]:
     runs, of_copy = bench.copy(held, bytes_)
     graph = f"{WDOPS}, in a graph"
     runs = {WDOPS: stepped.clipped} | runs | {graph: bench.graph_of(stepped.launched_clipped)}
-    notes = [] if torch is not None else ["PyTorch is not installed"]
-    if torch is not None:
+    notes = [] if bench.torch is not None else ["PyTorch is not installed"]
+    if bench.torch is not None:
         runs |= Torch(bench, sizes).clipped()
     yield bench.in_turn("whole step on BERT-large: norm, clip, AdamW, average", runs,
                         {WDOPS: bytes_, graph: bytes_} | of_copy, notes)  # fmt: skip
@@ -432,7 +444,7 @@ def _activations(bench: Bench, held: list[Any]) -> Iterator[Table]:
         library.activate_grad(*elu, *shape, grad.at, y.at, x_grad.at, bias_grad.at, scratch.at, library.stream)
 
     of_torch: tuple[dict[str, Run], dict[str, Run]] = ({}, {})
-    if torch is not None:
+    if torch := bench.torch:
         device = "cuda" if bench.on_card else "cpu"
         tx, tgrad = (torch.randn(rows, channels, device=device) for _ in range(2))
         tbias = torch.randn(channels, device=device)
@@ -468,7 +480,7 @@ def _factors(bench: Bench, held: list[Any]) -> Iterator[Table]:
             plan.apply()
 
         runs: dict[str, Run] = {"wdops, factors": factored, "wdops, of a gradient that is there": stepped.step}
-        if torch is not None:
+        if torch := bench.torch:
             of_torch = Torch(bench, [rows * columns])
             device = of_torch.params[0].device
             tx, tdz = torch.randn(batch, rows, device=device), torch.randn(batch, columns, device=device)

@@ -1,11 +1,13 @@
 // A stand-in for the runtime of CUDA, so that g++ compiles csrc/cuda and a CPU
 // runs it: blocks one after the other, the threads of a block as fibers that
-// take turns at __syncthreads. A stream does all at once.
+// take turns at __syncthreads. A stream does all at once, unless it is
+// captured.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -136,6 +138,19 @@ inline void Block::Begin() {
 // As many blocks of TensorFlow's threads may launch at a time.
 inline std::mutex launching;
 
+using Graph = std::vector<std::function<void()>>;
+// What a stream is asked for while it is captured; null: it is not.
+inline std::unique_ptr<Graph> captured;
+
+inline cudaError_t InOrder(std::function<void()> work) {
+  if (captured) {
+    captured->push_back(std::move(work));
+  } else {
+    work();
+  }
+  return cudaSuccess;
+}
+
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::block.Synchronize(); }
@@ -148,26 +163,25 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
   if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024) {
     return cudaErrorInvalidConfiguration;
   }
-  const std::lock_guard<std::mutex> lock(cuda_on_cpu::launching);
-  const wdops::cpu::FloatMode mode;
-  gridDim = config->gridDim;
-  blockDim = config->blockDim;
-  for (unsigned b = 0; b < blocks; ++b) {
-    blockIdx = {b, 0, 0};
-    cuda_on_cpu::block.Run(threads, [&] { kernel(arguments...); });
-  }
-  return cudaSuccess;
+  return cuda_on_cpu::InOrder([=, config = *config] {
+    const std::lock_guard<std::mutex> lock(cuda_on_cpu::launching);
+    const wdops::cpu::FloatMode mode;
+    gridDim = config.gridDim;
+    blockDim = config.blockDim;
+    for (unsigned b = 0; b < blocks; ++b) {
+      blockIdx = {b, 0, 0};
+      cuda_on_cpu::block.Run(threads, [&] { kernel(arguments...); });
+    }
+  });
 }
 
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes,
                                    cudaStream_t) {
-  memset(to, value, bytes);
-  return cudaSuccess;
+  return cuda_on_cpu::InOrder([=] { memset(to, value, bytes); });
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes,
                                    cudaMemcpyKind, cudaStream_t) {
-  memmove(to, from, bytes);
-  return cudaSuccess;
+  return cuda_on_cpu::InOrder([=] { memmove(to, from, bytes); });
 }
 inline cudaError_t cudaMalloc(void** to, size_t bytes) {
   *to = aligned_alloc(256, (bytes + 255) / 256 * 256);
@@ -180,6 +194,69 @@ inline cudaError_t cudaFree(void* pointer) {
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMallocHost(void** to, size_t bytes) {
+  return cudaMalloc(to, bytes);
+}
+inline cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
+
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = nullptr;
+  return cudaSuccess;
+}
+enum { cudaStreamNonBlocking = 1 };
+
+typedef std::chrono::steady_clock::time_point* cudaEvent_t;
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  *event = new std::chrono::steady_clock::time_point;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  *event = std::chrono::steady_clock::now();
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin,
+                                        cudaEvent_t end) {
+  *milliseconds =
+      std::chrono::duration<float, std::milli>(*end - *begin).count();
+  return cudaSuccess;
+}
+
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal };
+typedef cuda_on_cpu::Graph* cudaGraph_t;
+typedef cuda_on_cpu::Graph* cudaGraphExec_t;
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  cuda_on_cpu::captured = std::make_unique<cuda_on_cpu::Graph>();
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  *graph = cuda_on_cpu::captured.release();
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable,
+                                        cudaGraph_t graph, unsigned) {
+  *executable = graph;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+  for (const std::function<void()>& work : *graph) work();
+  return cudaSuccess;
+}
+
+struct cudaDeviceProp {
+  char name[256];
+};
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"a stand-in for a card"};
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *free = *total = size_t{1} << 30;
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
