@@ -374,9 +374,7 @@ int wdops_cuda_activate_grad(int activation, int dtype, const double* hyper,
   if (outer * channels * inner > 0) {
     const Blocks blocks = bias_grad ? Blocks(outer, channels, inner)
                                     : Blocks(1, 1, outer * channels * inner);
-    std::vector<double> sums(blocks.Uniform()
-                                 ? blocks.Count()
-                                 : blocks.Period() * blocks.BlocksDown());
+    std::vector<double> sums(blocks.SumCount());
     for (int64_t block = 0; block < blocks.Count(); ++block) {
       Rows rows = blocks.At(block);
       const int64_t begin = rows.begin;
@@ -387,7 +385,7 @@ int wdops_cuda_activate_grad(int activation, int dtype, const double* hyper,
       if (!bias_grad) {
         run(nullptr);
       } else if (blocks.Uniform()) {
-        sums[block] = SumOfColumns(&rows, run);
+        sums[blocks.FirstSum(block)] = SumOfColumns(&rows, run);
       } else {
         run(&sums[blocks.FirstSum(block)]);
       }

@@ -19,7 +19,6 @@ import numpy as np
 from gpu_cases import HYPERS, NEUTRAL, store
 from gpu_libraries import Library, Memory, Plan, Tables, Variable
 
-
 Run = Callable[[], None]
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 COPY = "a copy of as many bytes"
