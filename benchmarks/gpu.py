@@ -146,11 +146,11 @@ def draw(tables: list[Table], title: str, path: Path) -> None:
     figure.suptitle(title)
     axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     axes[0].barh(list(shares), list(shares.values()))
-    axes[0].set_title("speed, of that of a copy", loc="left")
+    axes[0].set_title("speed, of that of a copy", loc="left", fontsize="medium")
     for axis, table in zip(axes[1:], beside, strict=True):
         first = next(iter(table.seconds))
         axis.barh(list(table.seconds), [table.ratio(rival, first) for rival in table.seconds])
-        axis.set_title(f"{table.title}: time, of that of {first}", loc="left")
+        axis.set_title(f"{table.title} (time, of that of {first})", loc="left", fontsize="medium")
     for axis in axes:
         axis.axvline(1, color="black", lw=1)
         axis.invert_yaxis()
@@ -191,6 +191,9 @@ def main() -> int:
     def part(title: str) -> None:
         print(f"[{time.perf_counter() - begin:5.1f} s] {title}", flush=True)
 
+    why = gpu_libraries.why_no_card() if arguments.device == "gpu" else None
+    if why:
+        parser.exit(2, f"{why}; --device cpu runs the same logic without a card\n")
     part("building")
     csrc = arguments.csrc.resolve()
     paths = gpu_libraries.build(
@@ -198,7 +201,6 @@ def main() -> int:
         gpu_libraries.kernels_of_cpu(arguments.device, csrc, arguments.build),
     )
     kernels, cpu = map(Library, paths)
-    kernels.available()
     tables = Tables.of(paths[1])
     on_card = arguments.device == "gpu"
 

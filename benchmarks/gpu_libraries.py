@@ -103,6 +103,7 @@ class Library:
             if result is None:
                 function.errcheck = self._raise
             setattr(self, name.removeprefix("wdops_cuda_"), function)
+        self.available()
         self.stream = self.made("new_stream")
 
     def _raise(self, error: int, function: Any, _arguments: Any) -> None:
@@ -266,6 +267,15 @@ class Tables:
         found["layouts"] = [tuple(layout) for layout in found["layouts"]]
         found["activations"] = {activation["name"]: activation["hypers"] for activation in found["activations"]}
         return cls(**found)
+
+
+def why_no_card() -> str | None:
+    """Asked before anything is built; None: there is one."""
+    try:
+        error = ctypes.CDLL("libcuda.so.1").cuInit(0)
+    except OSError:
+        return "there is no CUDA driver"
+    return f"the CUDA driver's cuInit returns {error}" if error else None
 
 
 def nvcc() -> str | None:

@@ -23,6 +23,8 @@ Run = Callable[[], None]
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 COPY = "a copy of as many bytes"
 WDOPS = "wdops"
+NO_TORCH = "PyTorch is not installed"
+COPY_BUFFER = 1 << 30  # bytes, of which there are two; a larger copy goes over them again
 LR, WEIGHT_DECAY, CLIPNORM, EMA_MOMENTUM = 1e-3, 0.01, 1.0, 0.99
 
 
@@ -119,22 +121,28 @@ class Bench:
                 notes.append(f"{name} does not run here: {str(error).splitlines()[0] if str(error) else type(error)}")
         seconds: dict[str, list[float]] = {name: [] for name in kept}
         deadline = time.perf_counter() + self.sizes.seconds
-        while not all(seconds.values()) or time.perf_counter() < deadline:
+        for _ in range(self.sizes.rounds):
             for name, run in kept.items():
                 seconds[name].append(self.seconds_of(run, times[name]))
-            if len(next(iter(seconds.values()), [])) >= self.sizes.rounds:
+            if time.perf_counter() > deadline:
                 break
         return Table(title, seconds, bytes_ or {}, notes)
 
     # ---- what is run
 
     def copy(self, held: list[Any], bytes_: int) -> tuple[dict[str, Run], dict[str, int]]:
-        """A rival that reads and writes half of `bytes_` each, or 1 GiB each if that is less."""
-        half = max(16, min(bytes_ // 2, 1 << 30))
-        source, target = self.filled(half // 4, "float32"), Memory(self.library, half)
+        """A rival that reads half of `bytes_` and writes the other, and what it moves."""
+        half = max(bytes_ // 8 * 4, 4)
+        source = self.filled(min(half, COPY_BUFFER) // 4, "float32")
+        target = Memory(self.library, source.bytes)
         held += [source, target]
-        stream = self.library.stream
-        return {COPY: lambda: self.library.device_copy(target.at, source.at, half, stream)}, {COPY: 2 * half}
+
+        def run() -> None:
+            for begin in range(0, half, source.bytes):
+                n = min(source.bytes, half - begin)
+                self.library.device_copy(target.at, source.at, n, self.library.stream)
+
+        return {COPY: run}, {COPY: 2 * half}
 
     def filled(self, n: int, dtype: str, positive: bool = False) -> Memory:
         """`n` normal numbers, a million of which are drawn."""
@@ -376,7 +384,7 @@ def _beside_torch(
         runs[name] = bench.graph_of(stepped.launched)
         bytes_[name] = stepped.bytes
     if bench.torch is None:
-        notes = [*notes, "PyTorch is not installed"]
+        notes = [*notes, NO_TORCH]
     else:
         optimizer, arguments = OPTIMIZERS[rule]
         of_torch = Torch(bench, sizes)
@@ -396,10 +404,18 @@ def _one(bench: Bench, held: list[Any]) -> Iterator[Table]:
         _release(bench, held)
 
 
-def _bert(bench: Bench, held: list[Any]) -> Iterator[Table]:
+def _bert_large(bench: Bench, bytes_each: int) -> tuple[list[int], list[str]]:
+    """The sizes of its tensors; where they do not fit with so many bytes an element, it has fewer layers."""
     sizes = bert_large(bench.sizes.layers, bench.sizes.narrower)
+    fit, notes = _fitting(bench, sum(sizes), bytes_each)
+    layers = bench.sizes.layers * fit // sum(sizes)
+    return bert_large(layers, bench.sizes.narrower), notes and [f"{layers} layers of BERT-large: {notes[0]}"]
+
+
+def _bert(bench: Bench, held: list[Any]) -> Iterator[Table]:
+    sizes, notes = _bert_large(bench, 60)
     title = f"adam, the {len(sizes)} tensors of BERT-large, {sum(sizes):,} elements"
-    yield _beside_torch(bench, held, title, "adam", sizes, [])
+    yield _beside_torch(bench, held, title, "adam", sizes, notes)
 
 
 def _small(bench: Bench, held: list[Any]) -> Iterator[Table]:
@@ -412,17 +428,18 @@ def _small(bench: Bench, held: list[Any]) -> Iterator[Table]:
 
 def _whole(bench: Bench, held: list[Any]) -> Iterator[Table]:
     """Norm and clipping, AdamW, and the moving average."""
-    sizes = bert_large(bench.sizes.layers, bench.sizes.narrower)
+    sizes, notes = _bert_large(bench, 60)
     stepped = bench.stepped(held, "adam", sizes, average=True)
     bytes_ = stepped.bytes + stepped.norm_bytes
     runs, of_copy = bench.copy(held, bytes_)
     graph = f"{WDOPS}, in a graph"
     runs = {WDOPS: stepped.clipped} | runs | {graph: bench.graph_of(stepped.launched_clipped)}
-    notes = [] if bench.torch is not None else ["PyTorch is not installed"]
-    if bench.torch is not None:
+    if bench.torch is None:
+        notes = [*notes, NO_TORCH]
+    else:
         runs |= Torch(bench, sizes).clipped()
-    yield bench.in_turn("whole step on BERT-large: norm, clip, AdamW, average", runs,
-                        {WDOPS: bytes_, graph: bytes_} | of_copy, notes)  # fmt: skip
+    title = f"the whole step on the {len(sizes)} tensors of BERT-large: norm, clip, AdamW, average"
+    yield bench.in_turn(title, runs, {WDOPS: bytes_, graph: bytes_} | of_copy, notes)
 
 
 def _activations(bench: Bench, held: list[Any]) -> Iterator[Table]:
