@@ -540,6 +540,8 @@ def norms(tables: Tables, large: bool) -> Iterator[Case]:
                 target.param = None
             elif i % 3 == 1:
                 target.accumulator = arena.add(draw.values(target.param.stored.size), target.dtype, i % 4)
+            if kind == "dense" and target.n == 9 and target.dtype != "float64":
+                target.grad.stored[3:5] = store(np.array([2.0**-128, -(2.0**-130)]), target.dtype)
             if target.dtype == dtype and target.n == SIZES[-1]:
                 target.grad.stored[target.n // 2] = store(np.array(value), dtype)
             targets.append(target)
@@ -601,7 +603,7 @@ def clip_scales() -> Iterator[Call]:
 # outer, channels, inner
 SHAPES = [
     (1, 1, 1), (3, 7, 1), (33, 64, 1), (1, 5, 1023), (2, 3, 300), (600, 16, 1), (1, 1, 70_001), (5, 130, 9),
-    (0, 4, 1), (2, 0, 3), (300, 1025, 1),
+    (0, 4, 1), (2, 0, 3), (270, 66, 1), (3, 1030, 1),
 ]  # fmt: skip
 
 
@@ -627,7 +629,8 @@ def _activation(
 
     x_values = draw.values(shape)
     if x_values.size > 100:
-        x_values.flat[:6] = [0.0, -0.0, np.nan, np.inf, -np.inf, -100.0]
+        # The last is a subnormal of float, which counts as 0.
+        x_values.flat[:7] = [0.0, -0.0, np.nan, np.inf, -np.inf, -100.0, 0.0 if dtype == "float64" else 2.0**-128]
     x, grad, bias = add(x_values), add(draw.values(shape), 1), add(draw.values(shape[1]), 2) if biased else None
     output = x if in_place else add(np.zeros(shape), 3)
     x_grad = grad if in_place else add(np.zeros(shape))

@@ -34,11 +34,6 @@ EXPORTED int device_copy(void* to, const void* from, int64_t bytes,
                          cudaStream_t stream) {
   return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream);
 }
-EXPORTED int device_fill(void* to, int byte, int64_t bytes,
-                         cudaStream_t stream) {
-  return cudaMemsetAsync(to, byte, bytes, stream);
-}
-
 EXPORTED int device_new_stream(cudaStream_t* stream) {
   return cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking);
 }

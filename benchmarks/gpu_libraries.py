@@ -74,7 +74,6 @@ _FUNCTIONS = {
     "device_allocate_pinned": (None, [Pointer, int64]),
     "device_free_pinned": (None, [Pointer]),
     "device_copy": (None, [Pointer, Pointer, int64, Pointer]),
-    "device_fill": (None, [Pointer, ctypes.c_int, int64, Pointer]),
     "device_new_stream": (None, [Pointer]),
     "device_wait": (None, [Pointer]),
     "device_new_event": (None, [Pointer]),
@@ -285,9 +284,10 @@ def nvcc() -> str | None:
 
 
 def best_isa() -> str:
-    flags = set()
+    flags: set[str] = set()
     with suppress(OSError):
-        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        flags = set(found[1].split()) if found else flags
     return next(isa for isa, needed in FLAGS.items() if needed <= flags)
 
 
