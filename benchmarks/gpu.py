@@ -84,6 +84,7 @@ def sanitize(arguments: argparse.Namespace) -> dict[str, str]:
     found = {}
     for tool in SANITIZERS:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--small"]
+        command += ["--device", arguments.device]
         command += ["--build", str(arguments.build), "--csrc", str(arguments.csrc), "--arch", arguments.arch]
         try:
             done = subprocess.run(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import oracle
-from gpu_libraries import SCALED_PROXIMAL, STOCHASTIC, Library, Memory, Plan, Tables, Variable
+from gpu_libraries import SCALED_PROXIMAL, STOCHASTIC, CudaError, Library, Memory, Plan, Tables, Variable
 from oracle import UNIT, Number
 
 CHUNK = 16384  # elements over which the kernels sum at a time
@@ -222,11 +223,16 @@ class Target:
         made = oracle.product(x.wide, dz.wide, self.dtype, lambda z: widen(store(z, self.dtype), self.dtype))
         return Number(made.value.ravel(), made.unit, made.error.ravel())
 
-    def touched(self, array: Array | None) -> Any:
-        """The elements of an array, in the order of those of grad."""
-        if self.rows is None or array is None:
+    @cached_property
+    def touched(self) -> Any:
+        """The elements of all arrays but grad, in the order of those of grad."""
+        if self.rows is None:
             return np.s_[:]
         return (self.rows.stored[:, None] * self.width + np.arange(self.width)).ravel()
+
+    def number(self, array: Array | None) -> Number | None:
+        """What is touched of it, as it is computed with."""
+        return None if array is None else Number(array.wide[self.touched], UNIT[self.dtype])
 
 
 @dataclass
@@ -298,8 +304,7 @@ class Case:
         return h
 
     def _total(self, target: Target, i: int) -> Number:
-        of = [None if a is None else Number(a.wide[target.touched(a)], UNIT[a.dtype]) for a in
-              (target.param, target.accumulator)]  # fmt: skip
+        of = [target.number(array) for array in (target.param, target.accumulator)]
         return oracle.gradient(target.gradient(), *of, self._hypers(i, target))
 
     def _judge_norm(self, verdict: Verdict, i: int, target: Target, got: np.ndarray) -> None:
@@ -309,32 +314,27 @@ class Case:
         verdict.within(f"{name}: norm", target.dtype, norm, total.norm(), error + oracle.LEAST[target.dtype])
         of_param = 0.0
         if target.param is not None:
-            touched = target.param.wide[target.touched(target.param)]
+            touched = target.param.wide[target.touched]
             of_param = oracle.penalty(touched, target.hypers["l1"], target.hypers["l2"])
         verdict.within(f"{name}: penalty", "float64", penalty, of_param, oracle.SUM * abs(of_param))
 
     def _judge_step(self, verdict: Verdict, i: int, target: Target, got: np.ndarray) -> None:
         name, h = f"{self.name}: {target.name}", self._hypers(i, target)
-        unit = UNIT[target.dtype]
-
-        def number(array: Array | None) -> Number | None:
-            return None if array is None else Number(array.wide[target.touched(array)], unit)
-
-        slots = [number(slot) for slot in target.slots]
+        slots = [target.number(slot) for slot in target.slots]
         want = oracle.step(
-            self.rule, number(target.param), target.gradient(), slots, number(target.accumulator),
-            number(target.average), bool(self.options & SCALED_PROXIMAL), h,
+            self.rule, target.number(target.param), target.gradient(), slots, target.number(target.accumulator),
+            target.number(target.average), bool(self.options & SCALED_PROXIMAL), h,
         )  # fmt: skip
         usual = np.s_[:]
         if self.special:
-            inputs = (a.wide[target.touched(a)] for a in (target.param, target.grad, *target.slots))
+            inputs = [a.wide for a in (target.param, target.grad, *target.slots)]
             # What underflows in a product of the least numbers is 0 in a kernel, and a rule may ask its sign.
             usual = np.all([(x == 0) | ~(np.abs(x) < 2.0**-100) for x in inputs], axis=0)
         arrays = [(target.param, want.param), *zip(target.slots, want.slots, strict=True)]
         for array, number_ in (*arrays, (target.average, want.average)):
             if array is None:
                 continue
-            found = array.wide_of(got)[target.touched(array)]
+            found = array.wide_of(got)[target.touched]
             roundings = 2.0 if self.options & STOCHASTIC and array.dtype == "bfloat16" else 1.0
             value, bound = number_.value, number_.bound(target.dtype, 0) + self._stored(number_, array, roundings)
             if self.special:
@@ -343,10 +343,10 @@ class Case:
                 found, value, bound = found[both], value[both], bound[both]
             verdict.within(f"{name}: array {self.arena.arrays.index(array)}", array.dtype, found, value, bound)
         if target.accumulator is not None:
-            emptied = target.accumulator.wide_of(got)[target.touched(target.accumulator)]
+            emptied = target.accumulator.wide_of(got)[target.touched]
             verdict.within(f"{name}: accumulator", target.dtype, emptied, np.zeros_like(emptied), 0.0)
         if "penalty" in self.outputs:
-            param = target.param.wide_of(got)[target.touched(target.param)]
+            param = target.param.wide_of(got)[target.touched]
             of_param = oracle.penalty(param, h["l1"], h["l2"])
             penalty = self.outputs["penalty"].of(got)[i]
             verdict.within(f"{name}: penalty", "float64", penalty, of_param, oracle.SUM * abs(of_param))
@@ -659,15 +659,8 @@ def _activation(
         of_x = grad.number() * slope(stored_y, **h)
         found = [(output, y.value, y.bound(dtype)), (x_grad, of_x.value, of_x.bound(dtype))]
         if bias_grad is not None:
-            sums = Number(of_x.value.sum((0, 2)), UNIT[dtype])
-            error = of_x.error.sum((0, 2)) + oracle.SUM * np.abs(of_x.value).sum((0, 2))
-            found.append(
-                (
-                    bias_grad,
-                    sums.value,
-                    Number(sums.value, UNIT[dtype], error + sums.unit * np.abs(sums.value)).bound(dtype),
-                )
-            )
+            sums = of_x.summed((0, 2))
+            found.append((bias_grad, sums.value, sums.bound(dtype)))
         return found
 
     title = f"{name} of {dtype} {list(shape)}" + (", biased" if biased else "") + (", in place" if in_place else "")
@@ -727,20 +720,22 @@ def _clipped_steps(library: Library, tables: Tables, rates: list[float], capture
 
 
 def refusals(library: Library, tables: Tables) -> Verdict:
-    """A layout that there is not, and rows beside factors."""
+    """A layout that there is not, and rows beside factors: what was to be filled stays as it is."""
     verdict = Verdict(cases=1)
+    float32, float64 = (tables.dtypes.index(dtype) for dtype in ("float32", "float64"))
     wrong = {
-        "float64 with float32 slots": {"dtype": 1, "slot_dtype": 0},
+        "float64 with float32 slots": {"dtype": float64, "slot_dtype": float32},
         "rows beside factors": {"rows": 256, "x": 256, "dz": 256},
     }
-    host_table = np.full(library.table_bytes(1), PATTERN, np.uint8)
     for name, fields in wrong.items():
+        host_table = np.full(library.table_bytes(1), PATTERN, np.uint8)
+        refused = False
         try:
-            variable = Variable(n=1, width=1, batch=1, **fields)
-            library.fill_table((Variable * 1)(variable), 1, host_table.ctypes.data)
-            verdict.failures.append(f"{name} is not refused")
-        except RuntimeError:
-            verdict.elements += 1
+            library.fill_table((Variable * 1)(Variable(n=1, width=1, batch=1, **fields)), 1, host_table.ctypes.data)
+        except CudaError:
+            refused = True
+        verdict.within(f"{name} is refused", "bool", np.array(refused), np.array(True), np.array(0.5))
+        verdict.within(f"{name} fills nothing", "bool", host_table, np.full(host_table.size, PATTERN), np.array(0.5))
     return verdict
 
 

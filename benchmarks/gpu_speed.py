@@ -166,7 +166,7 @@ class Bench:
 
     @property
     def torch_stream(self) -> AbstractContextManager:
-        """PyTorch on the same stream, so that the same events time it."""
+        """PyTorch on the same stream: it waits for no other, and the same events time it."""
         return (
             self.torch.cuda.stream(self.torch.cuda.ExternalStream(self.library.stream))
             if self.on_card
@@ -272,9 +272,10 @@ class Torch:
     def __init__(self, bench: Bench, sizes: list[int]) -> None:
         self.bench, self.torch = bench, bench.torch
         device = "cuda" if bench.on_card else "cpu"
-        self.params = [self.torch.nn.Parameter(self.torch.randn(n, device=device)) for n in sizes]
-        for param in self.params:
-            param.grad = self.torch.randn_like(param)
+        with bench.torch_stream:
+            self.params = [self.torch.nn.Parameter(self.torch.randn(n, device=device)) for n in sizes]
+            for param in self.params:
+                param.grad = self.torch.randn_like(param)
 
     def optimizer(self, name: str, **arguments: Any) -> Any:
         return getattr(self.torch.optim, name)(self.params, **{"lr": LR} | arguments)
@@ -304,7 +305,8 @@ class Torch:
 
     def clipped(self) -> dict[str, Run]:
         optimizer = self.optimizer("AdamW", fused=True, weight_decay=WEIGHT_DECAY)
-        averages = [param.detach().clone() for param in self.params]
+        with self.bench.torch_stream:
+            averages = [param.detach().clone() for param in self.params]
 
         @self.torch.no_grad()
         def step() -> None:
@@ -464,9 +466,10 @@ def _activations(bench: Bench, held: list[Any]) -> Iterator[Table]:
     of_torch: tuple[dict[str, Run], dict[str, Run]] = ({}, {})
     if torch := bench.torch:
         device = "cuda" if bench.on_card else "cpu"
-        tx, tgrad = (torch.randn(rows, channels, device=device) for _ in range(2))
-        tbias = torch.randn(channels, device=device)
-        ty = torch.nn.functional.elu(tx + tbias)
+        with bench.torch_stream:
+            tx, tgrad = (torch.randn(rows, channels, device=device) for _ in range(2))
+            tbias = torch.randn(channels, device=device)
+            ty = torch.nn.functional.elu(tx + tbias)
 
         def torch_backward() -> None:
             torch.ops.aten.elu_backward(tgrad, 1.0, 1.0, 1.0, True, ty).sum(0)
@@ -501,7 +504,8 @@ def _factors(bench: Bench, held: list[Any]) -> Iterator[Table]:
         if torch := bench.torch:
             of_torch = Torch(bench, [rows * columns])
             device = of_torch.params[0].device
-            tx, tdz = torch.randn(batch, rows, device=device), torch.randn(batch, columns, device=device)
+            with bench.torch_stream:
+                tx, tdz = (torch.randn(batch, side, device=device) for side in (rows, columns))
             optimizer = of_torch.optimizer("AdamW", fused=True, weight_decay=WEIGHT_DECAY)
             grad = of_torch.params[0].grad.view(rows, columns)
 

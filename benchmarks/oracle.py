@@ -113,6 +113,11 @@ class Number:
         size = abs(self) - threshold
         return Number(np.sign(self.value) * np.maximum(size.value, 0), self.unit, size.error)
 
+    def summed(self, axes: tuple[int, ...]) -> Number:
+        """In double, and then rounded."""
+        error = self.error.sum(axes) + SUM * np.abs(self.value).sum(axes)
+        return self._rounded(self.value.sum(axes), error)
+
     def norm(self) -> float:
         return sqrt(np.sum(self.value**2))
 
@@ -399,8 +404,10 @@ def _expm1(z: Number) -> Number:
 
 def _where(condition: np.ndarray, yes: Number, no: Number) -> Number:
     return Number(
-        np.where(condition, yes.value, no.value), yes.unit, np.where(condition, yes.error, no.error)
-    )  # fmt: skip
+        np.where(condition, yes.value, no.value),
+        yes.unit,
+        np.where(condition, yes.error, no.error),
+    )
 
 
 def elu(z: Number, *, alpha: float, scale: float) -> Number:
