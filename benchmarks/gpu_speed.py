@@ -297,7 +297,9 @@ class Torch:
             return {}
         rival = f"torch {name}, fused, in a graph"
         try:
-            optimizer = self.optimizer(name, fused=True, capturable=True, **arguments)
+            # SGD has no counter of steps, which would have to be on the card.
+            capturable = {} if name == "SGD" else {"capturable": True}
+            optimizer = self.optimizer(name, fused=True, **capturable, **arguments)
             return {rival: self.bench.torch_graph_of(optimizer.step)}
         except (RuntimeError, TypeError) as error:
             notes.append(f"{rival}: {error}")

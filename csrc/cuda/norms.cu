@@ -18,7 +18,7 @@ struct FinishNorm {
   }
 };
 
-__global__ void __launch_bounds__(kLanes)
+__global__ void __launch_bounds__(kLanes, 1)
     ClipKernel(const double* norm, int count, double limit, double* scale) {
   Sums sums;
   for (int i = threadIdx.x; i < count; i += kLanes) sums.a += norm[i] * norm[i];

@@ -10,12 +10,24 @@ namespace wdops::cuda {
 // Numbers of a lane that are loaded before the first of them is added.
 inline constexpr int kBatch = 8;
 
-// Where they are; negative: nowhere.
-struct Batch {
-  int64_t at[kBatch];
+// Where they are: in a run of memory, or anywhere, or, if negative, nowhere.
+struct Run {
+  int64_t begin;
+  int count;
+
+  __device__ bool Has(int b) const { return b < count; }
+  __device__ int64_t At(int b) const { return begin + b * kLanes; }
 };
 
-template <class S>
+struct Places {
+  int64_t at[kBatch];
+
+  __device__ bool Has(int b) const { return at[b] >= 0; }
+  __device__ int64_t At(int b) const { return at[b]; }
+};
+
+// 0 where there is no number.
+template <class Batch, class S>
 __device__ void LoadBatch(int dtype, const void* from, const Batch& batch,
                           S* to) {
   switch (dtype) {
@@ -24,8 +36,8 @@ __device__ void LoadBatch(int dtype, const void* from, const Batch& batch,
     if constexpr (kIsComputedIn<Type, S>) {                         \
       Type numbers[kBatch] = {};                                    \
       for (int b = 0; b < kBatch; ++b) {                            \
-        if (batch.at[b] >= 0) {                                     \
-          numbers[b] = static_cast<const Type*>(from)[batch.at[b]]; \
+        if (batch.Has(b)) {                                         \
+          numbers[b] = static_cast<const Type*>(from)[batch.At(b)]; \
         }                                                           \
       }                                                             \
       for (int b = 0; b < kBatch; ++b) to[b] = Load(numbers[b]);    \
@@ -46,6 +58,7 @@ class GradientTerms {
       : gradient_(scales.GradientOf<S>(
             *steps->Of(variable, std::is_same_v<S, double>))) {}
 
+  template <class Batch>
   __device__ void Add(const Variable& v, const Batch& batch, const S* grad,
                       Sums* sums) const {
     S accumulator[kBatch] = {}, param[kBatch] = {};
@@ -74,6 +87,7 @@ struct PenaltyTerms {
 
   __device__ PenaltyTerms(const Steps*, const Scales&, int) {}
 
+  template <class Batch>
   __device__ void Add(const Variable& v, const Batch& batch, const S*,
                       Sums* sums) const {
     S param[kBatch];
@@ -96,6 +110,7 @@ class TrustTerms {
       : step_(scales.StepOf<Rule, S>(
             *steps->Of(variable, std::is_same_v<S, double>), variable)) {}
 
+  template <class Batch>
   __device__ void Add(const Variable& v, const Batch& batch, const S* grad,
                       Sums* sums) const {
     constexpr int kSlots = Step<Rule, S>::kSlots;
@@ -106,7 +121,7 @@ class TrustTerms {
     }
     if (v.accumulator) LoadBatch(v.dtype, v.accumulator, batch, accumulator);
     for (int b = 0; b < kBatch; ++b) {
-      if (batch.at[b] < 0) continue;  // 0 / 0, where epsilon is 0
+      if (!batch.Has(b)) continue;  // 0 / 0, where epsilon is 0
       S s[kSlots];
       for (int k = 0; k < kSlots; ++k) s[k] = slot[k][b];
       const S total = v.accumulator
@@ -135,76 +150,89 @@ __device__ inline void AddUpLanes(Sums* sums) {
   if (t == 0) *sums = lane[0];
 }
 
+// The chunk of a block, and whose it is.
+template <class S>
+struct Chunk {
+  int variable;
+  const Variable& v;
+  int64_t index;  // of those of the variable
+  bool mine;      // whether `v` is of a kind that is computed in S
+
+  __device__ explicit Chunk(const Table* table)
+      : variable(Find(table->FirstChunk(), table->count, blockIdx.x)),
+        v(table->Variables()[variable]),
+        index(blockIdx.x - table->FirstChunk()[variable]),
+        mine(v.IsDouble() == std::is_same_v<S, double>) {}
+};
+
 template <class Terms, class S>
-__global__ void __launch_bounds__(kLanes)
-    ChunkKernel(const Table* table, const Steps* steps, const Scales scales,
-                Sums* of_chunks) {
-  const int64_t chunk = blockIdx.x;
-  const int variable = Find(table->FirstChunk(), table->count, chunk);
-  const Variable v = table->Variables()[variable];
-  if (v.IsFactored() || v.IsDouble() != std::is_same_v<S, double>) return;
-  const Terms terms(steps, scales, variable);
-  const int64_t begin = (chunk - table->FirstChunk()[variable]) * kChunk;
+__global__ void __launch_bounds__(kLanes, 1)
+    RunKernel(const Table* table, const Steps* steps, const Scales scales,
+              Sums* of_chunks) {
+  const Chunk<S> chunk(table);
+  const Variable& v = chunk.v;
+  if (!chunk.mine || !v.IsRun()) return;
+  const Terms terms(steps, scales, chunk.variable);
+  const int64_t begin = chunk.index * kChunk;
   const int n = v.n - begin < kChunk ? v.n - begin : kChunk;
   Sums sums;
   for (int i = threadIdx.x; i < n; i += kBatch * kLanes) {
-    Batch batch;
-    for (int b = 0; b < kBatch; ++b) {
-      const int at = i + b * kLanes;
-      batch.at[b] = at < n ? begin + at : -1;
-    }
+    const Run run{begin + i, (n - i + kLanes - 1) / kLanes};
     S grad[kBatch];
-    if (Terms::kOfGradient) LoadBatch(v.dtype, v.grad, batch, grad);
-    if (v.rows) {
-      for (int b = 0; b < kBatch; ++b) {
-        if (batch.at[b] < 0) continue;
-        const int64_t row = batch.at[b] / v.width;
-        batch.at[b] += (v.rows[row] - row) * v.width;
-      }
-    }
-    terms.Add(v, batch, grad, &sums);
+    if (Terms::kOfGradient) LoadBatch(v.dtype, v.grad, run, grad);
+    terms.Add(v, run, grad, &sums);
   }
   AddUpLanes(&sums);
-  if (threadIdx.x == 0) of_chunks[chunk] = sums;
+  if (threadIdx.x == 0) of_chunks[blockIdx.x] = sums;
 }
 
-// A chunk of a factored gradient is a tile, row after row.
+// Of sparse rows, and of a factored gradient: that of a tile, row after row.
 template <class Terms, class S>
-__global__ void __launch_bounds__(kThreads)
-    TileKernel(const Table* table, const Steps* steps, const Scales scales,
-               Sums* of_chunks) {
-  __shared__ Tile<S> tile;
-  const int64_t chunk = blockIdx.x;
-  const int variable = Find(table->FirstChunk(), table->count, chunk);
-  const Variable v = table->Variables()[variable];
-  if (!v.IsFactored() || v.IsDouble() != std::is_same_v<S, double>) return;
-  const int64_t t = chunk - table->FirstChunk()[variable];
-  if (Terms::kOfGradient) FormTile(v, t, &tile);
+__global__ void __launch_bounds__(kThreads, 1)
+    PlacesKernel(const Table* table, const Steps* steps, const Scales scales,
+                 Sums* of_chunks) {
+  const Chunk<S> chunk(table);
+  const Variable& v = chunk.v;
+  if (!chunk.mine || v.IsRun()) return;
+  const S* tile = nullptr;
+  if (Terms::kOfGradient && v.IsFactored()) tile = FormTile<S>(v, chunk.index);
+  constexpr int kColumns = kTileColumns<S>;
+  const int64_t first_row = chunk.index / v.across * kTileRows;
+  const int64_t first_column = chunk.index % v.across * kColumns;
+  const int n = v.IsFactored() ? kTileRows * kColumns : kChunk;
   Sums sums;
   if (threadIdx.x < kLanes) {
-    const Terms terms(steps, scales, variable);
-    constexpr int kColumns = kTileColumns<S>;
-    const int64_t row = t / v.across * kTileRows;
-    const int64_t column = t % v.across * kColumns;
-    for (int i = threadIdx.x; i < kTileRows * kColumns; i += kBatch * kLanes) {
-      Batch batch;
+    const Terms terms(steps, scales, chunk.variable);
+    for (int i = threadIdx.x; i < n; i += kBatch * kLanes) {
+      Places grad_places, places;
       S grad[kBatch];
       for (int b = 0; b < kBatch; ++b) {
         const int e = i + b * kLanes;
-        const int64_t r = row + e / kColumns, c = column + e % kColumns;
-        batch.at[b] = r < v.Rows() && c < v.width ? r * v.width + c : -1;
-        grad[b] = tile.number[e];
+        int64_t& at = places.at[b] = -1;
+        if (v.IsFactored()) {
+          const int64_t row = first_row + e / kColumns;
+          const int64_t column = first_column + e % kColumns;
+          if (row < v.Rows() && column < v.width) at = row * v.width + column;
+          if (tile) grad[b] = tile[e];
+          continue;
+        }
+        const int64_t g = chunk.index * kChunk + e;
+        grad_places.at[b] = g < v.n ? g : -1;
+        if (g < v.n) at = v.rows[g / v.width] * v.width + g % v.width;
       }
-      terms.Add(v, batch, grad, &sums);
+      if (Terms::kOfGradient && v.rows) {
+        LoadBatch(v.dtype, v.grad, grad_places, grad);
+      }
+      terms.Add(v, places, grad, &sums);
     }
   }
   AddUpLanes(&sums);
-  if (threadIdx.x == 0) of_chunks[chunk] = sums;
+  if (threadIdx.x == 0) of_chunks[blockIdx.x] = sums;
 }
 
 // Calls finish(variable, v, sums), on the card.
 template <class Finish>
-__global__ void __launch_bounds__(kLanes)
+__global__ void __launch_bounds__(kLanes, 1)
     FinishKernel(const Table* table, const Sums* of_chunks,
                  const Finish finish) {
   const int variable = blockIdx.x;
@@ -226,13 +254,13 @@ cudaError_t SumChunks(const Table& host_table, const Table* table,
     return cudaSuccess;
   }
   cudaError_t error = cudaSuccess;
-  if (host_table.has_dense) {
-    error = Launch(&ChunkKernel<Terms, S>, host_table.Chunks(), kLanes, stream,
+  if (host_table.has_runs) {
+    error = Launch(&RunKernel<Terms, S>, host_table.Chunks(), kLanes, stream,
                    table, steps, scales, of_chunks);
   }
-  if (error == cudaSuccess && host_table.has_factored) {
-    error = Launch(&TileKernel<Terms, S>, host_table.Chunks(), kThreads, stream,
-                   table, steps, scales, of_chunks);
+  if (error == cudaSuccess && host_table.has_places) {
+    error = Launch(&PlacesKernel<Terms, S>, host_table.Chunks(), kThreads,
+                   stream, table, steps, scales, of_chunks);
   }
   return error;
 }
