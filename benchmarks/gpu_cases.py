@@ -524,7 +524,7 @@ def _special(rule: str, tables: Tables) -> Case:
     return Case(f"{rule}, special values", rule, arena, targets, special=True)
 
 
-def norms(tables: Tables, large: bool) -> Iterator[Case]:
+def norms(tables: Tables) -> Iterator[Case]:
     """Of gradients alone, with param, with accumulator, of rows and of factors; then one that is not finite."""
     kinds = ["dense", "rows", "factors"]
     bad: list[tuple[str, str | None, float]] = [(kind, None, 0.0) for kind in kinds]
@@ -532,7 +532,7 @@ def norms(tables: Tables, large: bool) -> Iterator[Case]:
     for k, (kind, dtype, value) in enumerate(bad):
         draw, arena, targets = Draw(seed=k), Arena(), []
         option = Option(kind, {}, kind=kind)
-        for i, target in enumerate(_targets(draw, arena, "sgd", option, tables, large and dtype is None)):
+        for i, target in enumerate(_targets(draw, arena, "sgd", option, tables, large=dtype is None)):
             if target.dtype != target.slot_dtype:
                 continue
             target.hypers = draw.hypers(None, TERMS if i % 4 else {}, i)
@@ -747,7 +747,7 @@ def compare(
     if unknown:
         raise RuntimeError(f"the oracle does not know {', '.join(sorted(unknown))}")
     groups: dict[str, Iterator[Case | Call]] = {r: steps(r, tables, large) for r in rules or tables.rules}
-    groups |= {"norms": norms(tables, large), "clip_scale": clip_scales(), "activations": activations(tables)}
+    groups |= {"norms": norms(tables), "clip_scale": clip_scales(), "activations": activations(tables)}
     verdicts = {}
     for name, cases in groups.items():
         verdict = verdicts[name] = Verdict()

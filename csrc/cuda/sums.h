@@ -138,16 +138,35 @@ class TrustTerms {
   Step<Rule, S> step_;
 };
 
-// Adds up what the first kLanes threads have; thread 0 gets it.
-__device__ inline void AddUpLanes(Sums* sums) {
-  __shared__ Sums lane[kLanes];
+// A block's sums of every lane: kTerms of them.
+inline constexpr int kTerms = sizeof(Sums) / sizeof(double);
+
+struct Lanes {
+  double sum[kTerms][kLanes];
+};
+
+// Adds up what the first kLanes threads stored; thread 0 gets it.
+__device__ inline Sums AddUp(Lanes* lanes) {
+  auto& sum = lanes->sum;
   const int t = threadIdx.x;
-  if (t < kLanes) lane[t] = *sums;
   for (int half = kLanes / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (t < half) lane[t] += lane[t + half];
+    if (t >= half) continue;
+    for (int k = 0; k < kTerms; ++k) sum[k][t] += sum[k][t + half];
   }
-  if (t == 0) *sums = lane[0];
+  return {sum[0][0], sum[1][0], sum[2][0], sum[3][0]};
+}
+
+__device__ inline Sums AddUp(const Sums& of_thread) {
+  __shared__ Lanes lanes;
+  const int t = threadIdx.x;
+  if (t < kLanes) {
+    lanes.sum[0][t] = of_thread.a;
+    lanes.sum[1][t] = of_thread.b;
+    lanes.sum[2][t] = of_thread.c;
+    lanes.sum[3][t] = of_thread.d;
+  }
+  return AddUp(&lanes);
 }
 
 // The chunk of a block, and whose it is.
@@ -182,7 +201,7 @@ __global__ void __launch_bounds__(kLanes, 1)
     if (Terms::kOfGradient) LoadBatch(v.dtype, v.grad, run, grad);
     terms.Add(v, run, grad, &sums);
   }
-  AddUpLanes(&sums);
+  sums = AddUp(sums);
   if (threadIdx.x == 0) of_chunks[blockIdx.x] = sums;
 }
 
@@ -226,22 +245,28 @@ __global__ void __launch_bounds__(kThreads, 1)
       terms.Add(v, places, grad, &sums);
     }
   }
-  AddUpLanes(&sums);
+  sums = AddUp(sums);
   if (threadIdx.x == 0) of_chunks[blockIdx.x] = sums;
 }
 
-// Calls finish(variable, v, sums), on the card.
+// Calls finish(variable, v, sums), on the card. A thread has a lane of one term
+// alone, so that many of its loads can be under way at a time.
 template <class Finish>
-__global__ void __launch_bounds__(kLanes, 1)
+__global__ void __launch_bounds__(kTerms* kLanes, 1)
     FinishKernel(const Table* table, const Sums* of_chunks,
                  const Finish finish) {
+  __shared__ Lanes lanes;
   const int variable = blockIdx.x;
+  const int lane = threadIdx.x % kLanes, term = threadIdx.x / kLanes;
   const int64_t* const first = table->FirstChunk() + variable;
-  Sums sums;
-  for (int64_t c = first[0] + threadIdx.x; c < first[1]; c += kLanes) {
-    sums += of_chunks[c];
+  const auto* const terms = reinterpret_cast<const double*>(of_chunks) + term;
+  double sum = 0;
+#pragma unroll 16
+  for (int64_t c = first[0] + lane; c < first[1]; c += kLanes) {
+    sum += terms[c * kTerms];
   }
-  AddUpLanes(&sums);
+  lanes.sum[term][lane] = sum;
+  const Sums sums = AddUp(&lanes);
   if (threadIdx.x == 0) finish(variable, table->Variables()[variable], sums);
 }
 
@@ -276,8 +301,8 @@ cudaError_t SumUp(const Table& host_table, const Table* table,
   error = SumChunks<Terms<double>, double>(host_table, table, steps, scales,
                                            of_chunks, stream);
   if (error != cudaSuccess) return error;
-  return Launch(&FinishKernel<Finish>, host_table.count, kLanes, stream, table,
-                of_chunks, finish);
+  return Launch(&FinishKernel<Finish>, host_table.count, kTerms * kLanes,
+                stream, table, of_chunks, finish);
 }
 
 }  // namespace wdops::cuda
