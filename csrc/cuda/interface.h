@@ -56,6 +56,8 @@ WDOPS_CUDA_API int wdops_cuda_fill_table(const WdopsVariable* variables,
 // they have on a CPU. `hyper` holds kStepHypers and then those of the rule, for
 // each of the variables; or once for all if `shared`, which a rule with a trust
 // ratio is not. rule < 0: the gradient's alone (kGradientHypers), for norms.
+// `count` of wdops_cuda_steps_bytes is that of the table, or 1 if `shared`: so
+// little is to be copied in each step.
 enum { WDOPS_SCALED_PROXIMAL = 1, WDOPS_STOCHASTIC = 2 };
 WDOPS_CUDA_API int64_t wdops_cuda_steps_bytes(int count);
 WDOPS_CUDA_API int wdops_cuda_fill_steps(int rule, const void* host_table,
