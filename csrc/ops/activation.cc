@@ -63,7 +63,7 @@ class ActivationOp : public tensorflow::OpKernel {
 
   // Of an array that is not empty.
   absl::Status BlocksOf(const TensorShape& shape,
-                        std::optional<cpu::Blocks>* blocks) const {
+                        std::optional<Blocks>* blocks) const {
     if (!inputs_.biased) {
       blocks->emplace(1, 1, shape.num_elements());
       return absl::OkStatus();
@@ -95,7 +95,7 @@ class OutputOp : public ActivationOp {
     TF_RETURN_IF_ERROR(
         ctx->forward_input_or_allocate_output({0}, 0, x.shape(), &output));
     if (x.NumElements() == 0) return absl::OkStatus();
-    std::optional<cpu::Blocks> blocks;
+    std::optional<Blocks> blocks;
     TF_RETURN_IF_ERROR(BlocksOf(x.shape(), &blocks));
     const DType dtype = FromTensorFlow(x.dtype());
     const int64_t size = kDTypeBytes[dtype];
@@ -105,7 +105,7 @@ class OutputOp : public ActivationOp {
     Share(ctx, blocks->Count(), 2 * x.TotalBytes(),
           [&](int64_t block, int64_t end) {
             for (; block < end; ++block) {
-              const cpu::Rows rows = blocks->At(block);
+              const Rows rows = blocks->At(block);
               const int64_t entry = blocks->Uniform()
                                         ? blocks->ChannelAt(rows.begin)
                                         : blocks->Column(block);
@@ -118,7 +118,7 @@ class OutputOp : public ActivationOp {
   }
 
   // The bias of each element of a period, where a block has rows of them.
-  static Tensor Repeated(const Tensor& bias, const cpu::Blocks& blocks) {
+  static Tensor Repeated(const Tensor& bias, const Blocks& blocks) {
     const int64_t period = blocks.Period();
     if (blocks.Uniform() || bias.NumElements() == period) return bias;
     Tensor repeated(bias.dtype(), TensorShape({period}));
@@ -162,7 +162,7 @@ class GradOp : public ActivationOp {
     }
     std::vector<double> totals(channels);
     if (y.NumElements() > 0) {
-      std::optional<cpu::Blocks> blocks;
+      std::optional<Blocks> blocks;
       TF_RETURN_IF_ERROR(BlocksOf(y.shape(), &blocks));
       Sweep(ctx, kernels.gradient[inputs_.activation], hyper, *blocks, grad, y,
             x_grad, &totals);
@@ -182,7 +182,7 @@ class GradOp : public ActivationOp {
 
   template <class PerDType>
   void Sweep(OpKernelContext* ctx, const PerDType& kernels, const double* hyper,
-             const cpu::Blocks& blocks, const Tensor& grad, const Tensor& y,
+             const Blocks& blocks, const Tensor& grad, const Tensor& y,
              Tensor* x_grad, std::vector<double>* totals) const {
     const DType dtype = FromTensorFlow(y.dtype());
     const int64_t size = kDTypeBytes[dtype];
@@ -196,7 +196,7 @@ class GradOp : public ActivationOp {
     Share(ctx, blocks.Count(), 3 * y.TotalBytes(),
           [&](int64_t block, int64_t end) {
             for (; block < end; ++block) {
-              cpu::Rows rows = blocks.At(block);
+              Rows rows = blocks.At(block);
               const int64_t at = rows.begin * size;
               const auto run = [&](double* column_sums) {
                 activate(hyper, rows, Data(grad) + at, Data(y) + at,

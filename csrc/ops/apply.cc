@@ -77,7 +77,7 @@ class ApplyOp : public tensorflow::OpKernel {
     const size_t rule = &rule_ - kRules;
     // Reads what CopyOnWrite has not replaced yet, and writes nothing.
     if (rule_.trust) {
-      std::vector<cpu::Sums> sums(grads.Chunks());
+      std::vector<Sums> sums(grads.Chunks());
       grads.ForChunks(
           ctx, inputs_.lists.size(),
           [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
@@ -86,15 +86,15 @@ class ApplyOp : public tensorflow::OpKernel {
                 kernels->trust[rule][targets[i].layout](targets[i].step, chunk);
           });
       for (int i = 0; i < inputs_.n; ++i) {
-        rule_.set_trust[targets[i].dtype](
-            targets[i].step, cpu::TrustRatio(grads.SumOver(i, sums)));
+        rule_.set_trust[targets[i].dtype](targets[i].step,
+                                          TrustRatio(grads.SumOver(i, sums)));
       }
     }
 
     // Keeps the old buffers alive until the sweep has read them.
     std::vector<Tensor> sources(inputs_.Resources());
     TF_RETURN_IF_ERROR(CopyOnWrite(ctx, vars, &sources));
-    std::vector<cpu::Sums> sums(report_penalty_ ? grads.Chunks() : 0);
+    std::vector<Sums> sums(report_penalty_ ? grads.Chunks() : 0);
     grads.ForChunks(
         ctx, 2 * inputs_.lists.size() - 1,
         [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
@@ -108,7 +108,7 @@ class ApplyOp : public tensorflow::OpKernel {
           }
         });
     for (int i = 0; report_penalty_ && i < inputs_.n; ++i) {
-      const cpu::Sums sum = grads.SumOver(i, sums);
+      const Sums sum = grads.SumOver(i, sums);
       penalty->vec<double>()(i) =
           PenaltyOf(HyperOf(ctx, inputs_, kL1, i),
                     HyperOf(ctx, inputs_, kL2, i), sum.a, sum.b);

@@ -62,7 +62,7 @@ class NormsOp : public tensorflow::OpKernel {
     const auto wanted = [&](int i) { return std::isnan(by_factors[i]); };
     Gradients grads;
     TF_RETURN_IF_ERROR(grads.Make(ctx, inputs_, *kernels, wanted));
-    std::vector<cpu::Sums> sums(grads.Chunks());
+    std::vector<Sums> sums(grads.Chunks());
     grads.ForChunks(
         ctx, inputs_.lists.size(),
         [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
@@ -83,8 +83,8 @@ class NormsOp : public tensorflow::OpKernel {
         penalty->vec<double>()(i) = 0;
         continue;
       }
-      const cpu::Sums sum = grads.SumOver(i, sums);
-      all_finite &= cpu::IsFinite(sum, FromTensorFlow(inputs_.dtypes[i]));
+      const Sums sum = grads.SumOver(i, sums);
+      all_finite &= IsFinite(sum, inputs_.dtypes[i] == tensorflow::DT_DOUBLE);
       norm->vec<double>()(i) = std::sqrt(sum.a);
       penalty->vec<double>()(i) =
           PenaltyOf(HyperOf(ctx, inputs_, kL1, i),
@@ -115,7 +115,7 @@ class NormsOp : public tensorflow::OpKernel {
       const int64_t width = shape.rows + shape.columns;
       if (shape.batch * width > shape.rows * shape.columns) continue;
       const DType dtype = FromTensorFlow(x.dtype());
-      std::vector<cpu::Sums> sums(shape.batch);
+      std::vector<Sums> sums(shape.batch);
       Share(ctx, shape.batch, shape.batch * shape.batch * width,
             [&](int64_t k, int64_t end) {
               for (; k < end; ++k) {
@@ -123,8 +123,7 @@ class NormsOp : public tensorflow::OpKernel {
                                                           shape, k);
               }
             });
-      cpu::Sums sum;
-      for (const cpu::Sums& part : sums) sum += part;
+      const Sums sum = cpu::AddUp(sums.data(), sums.size());
       const double scale =
           std::abs(HyperOf(ctx, inputs_, kAccumulationScale, i) *
                    HyperOf(ctx, inputs_, kGradScale, i));
