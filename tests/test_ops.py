@@ -1,5 +1,6 @@
 """The TensorFlow op: lists, modes, hyperparameters, copies, locks, and that a bad call changes nothing."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -15,10 +16,24 @@ import wdops
 from wdops import reference
 from wdops._load import native, raw_ops
 
+
+def as_hlo(f):
+    """Under XLA without the kernels, as on a GPU."""
+    compiled = tf.function(f, jit_compile=True)
+
+    def run():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WDOPS_XLA", "hlo")
+            return compiled()
+
+    return run
+
+
 MODES = {
     "eager": lambda f: f,
     "graph": tf.function,
     "jit": lambda f: tf.function(f, jit_compile=True),
+    "hlo": as_hlo,
 }
 modes = pytest.mark.parametrize("mode", MODES)
 rules = pytest.mark.parametrize("rule", reference.RULES)
@@ -74,7 +89,7 @@ def test_a_list_matches_the_oracle(rule, mode, dtype, per_variable):
         want, bound = oracle(rule, param, slots, grad, entry(hypers, i))
         for name, list_, w, b in zip(names_of(rule), variables, want, bound, strict=True):
             # XLA may contract a product and a sum into one rounding.
-            assert_within(list_[i].numpy(), w, b * (1.5 if mode == "jit" else 1), f"{name}[{i}]")
+            assert_within(list_[i].numpy(), w, b * (1.5 if mode == "hlo" else 1), f"{name}[{i}]")
 
 
 @rules
@@ -153,7 +168,7 @@ def test_accumulators_averages_and_the_penalty_of_one_pass(rule, dtype, mode):
             rule, param, slots, grad, entry(hypers, i), accumulator=more[i][0], average=more[i][1], scaled_proximal=True
         )
         for name, list_, w, b in zip([*names_of(rule), "average"], [*variables, averages], want, bound, strict=True):
-            assert_within(list_[i].numpy(), w, b * (1.5 if mode == "jit" else 1), f"{name}[{i}]")
+            assert_within(list_[i].numpy(), w, b * (1.5 if mode == "hlo" else 1), f"{name}[{i}]")
         assert not accumulators[i].numpy().any()
         new = variables[0][i].numpy().astype(np.float64)
         np.testing.assert_allclose(
@@ -161,7 +176,7 @@ def test_accumulators_averages_and_the_penalty_of_one_pass(rule, dtype, mode):
         )
 
 
-@pytest.mark.parametrize("mode", ["graph", "jit"])
+@pytest.mark.parametrize("mode", ["graph", "jit", "hlo"])
 def test_stochastic_rounding_has_the_bits_of_the_kernel(mode):
     param, m, v, grad = random_case("adam", "bfloat16", 20001)
     variables = [tf.Variable(x) for x in (param, m, v)]
@@ -170,7 +185,71 @@ def test_stochastic_rounding_has_the_bits_of_the_kernel(mode):
     for variable, want in zip(variables, (param, m, v), strict=True):
         # Where XLA contracts a product and a sum, another last bit of the float may cross the random threshold.
         same = np.mean(variable.numpy() == want)
-        assert same == 1 if mode == "graph" else same > 0.999
+        assert same > 0.999 if mode == "hlo" else same == 1
+
+
+@rules
+@pytest.mark.parametrize("terms", ["scalars", "vectors", "options"])
+def test_xla_calls_the_kernels_and_has_their_bits(rule, terms):
+    """In a list that is longer than one call takes, whose variables alone do not fill a chunk."""
+    arrays = make(rule, list(DTYPES), SHAPES * 8)
+    n = len(arrays[0])
+    hypers = own_hypers(rule) | TERMS if terms == "scalars" else vector(rule, n)
+    if terms == "options":
+        hypers |= {"ema_momentum": 0.6, "seed": 7, "scaled_proximal": True}
+
+    def result(mode):
+        variables, grads = to_variables(arrays)
+        more = [[tf.Variable(g) for g in grads] for _ in range(2)] if terms == "options" else []
+        lists = dict(zip(("accumulator", "average"), more, strict=False))
+
+        def step():
+            accumulator = {"accumulator": more[0]} if more else {}
+            norms = wdops.ops.norms(grads, variables[0], l1=0.1, l2=[0.01 * i for i in range(n)], **accumulator)
+            return *norms, apply(rule, variables, grads, **hypers, **lists, report_penalty=True)
+
+        found = MODES[mode](step)()
+        return [x.numpy().tobytes() for x in (*found, *(x for list_ in (*variables, *more) for x in list_))]
+
+    assert result("graph") == result("jit")
+
+
+def test_a_program_of_hlo_has_no_calls(monkeypatch):
+    variable = tf.Variable(tf.ones(3))
+
+    def calls():
+        @tf.function(jit_compile=True)
+        def step():
+            norms = wdops.ops.norms([tf.convert_to_tensor(variable)])
+            wdops.ops.apply_sgd(variable, tf.ones(3), lr=1.0)
+            return norms
+
+        return re.findall('custom_call_target="([a-z_]+)"', step.experimental_get_compiler_ir()(stage="hlo"))
+
+    assert sorted(calls()) == ["wdops_apply", "wdops_norms"]
+    monkeypatch.setenv("WDOPS_XLA", "hlo")
+    assert calls() == []
+
+
+@pytest.mark.parametrize("entries", [1, 70])
+def test_xla_refuses_bad_hyperparameters_and_changes_nothing(entries):
+    variables, momenta = ([tf.Variable([1.0, 2.0]) for _ in range(70)] for _ in range(2))
+    good = [0.5] * entries
+    decay = tf.Variable(good if entries > 1 else 0.5, dtype=tf.float64)
+    grads = [tf.ones(2)] * 70
+
+    @tf.function(jit_compile=True)
+    def step():
+        wdops.ops.apply_momentum(variables, momenta, grads, lr=0.1, momentum=0.9, weight_decay=decay)
+
+    decay.assign([*good[:-1], -1.0] if entries > 1 else -1.0)
+    where = r" \(entry 69\)" if entries > 1 else ""
+    with pytest.raises(tf.errors.InvalidArgumentError, match="weight_decay is -1, but must be at least 0" + where):
+        step()
+    assert all((x.numpy() == [1.0, 2.0]).all() for x in (*variables, *momenta))
+    decay.assign(good if entries > 1 else 0.5)
+    step()
+    assert all((x.numpy() != [1.0, 2.0]).all() for x in (*variables, *momenta))
 
 
 @modes

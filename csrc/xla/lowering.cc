@@ -1,6 +1,9 @@
-// The ops under jit_compile=True: the functors of rules/ build the HLO, and XLA
-// fuses it. One file, because XLA's headers take half a minute to compile.
+// The ops under jit_compile=True. On a CPU they are calls of the kernels
+// (xla/calls.cc): XLA would sweep each variable once for every array that it
+// writes. Elsewhere the functors of rules/ build the HLO, and XLA fuses it. One
+// file, because XLA's headers take half a minute to compile.
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
 #include <utility>
 
@@ -41,17 +44,90 @@ Hlo<double> PenaltyOf(const std::vector<Hlo<double>>& hyper,
 class Lowering : public tensorflow::XlaOpKernel {
  public:
   Lowering(tensorflow::OpKernelConstruction* ctx, const RuleInfo* rule)
-      : XlaOpKernel(ctx) {
+      : XlaOpKernel(ctx),
+        on_cpu_(ctx->device_type() == tensorflow::DEVICE_CPU_XLA_JIT) {
     OP_REQUIRES_OK(ctx, MakeInputs(rule, ctx, &inputs_));
   }
 
   void Compile(XlaOpKernelContext* ctx) override {
     OP_REQUIRES_OK(ctx, Check(ctx));
-    OP_REQUIRES_OK(ctx, Lower(ctx));
+    // For programs that are to run without this library, and for tests.
+    const char* choice = std::getenv("WDOPS_XLA");
+    const bool as_hlo = choice && std::string_view(choice) == "hlo";
+    OP_REQUIRES_OK(ctx, on_cpu_ && !as_hlo ? Call(ctx) : Lower(ctx));
   }
 
  protected:
   virtual absl::Status Lower(XlaOpKernelContext* ctx) = 0;
+  virtual absl::Status Call(XlaOpKernelContext* ctx) = 0;
+
+  // XLA's passes over a call take time with the square of its operands: a list
+  // of 800 variables in one call would be compiled for a minute.
+  static constexpr int kMostPerCall = 32;
+
+  // Calls a handler of xla/calls.cc with the inputs of variables [begin, end)
+  // and all hyperparameters. The first results are the variables, in place, if
+  // it writes them; then come `results`, which are left in `call` from there
+  // on.
+  absl::Status CallKernels(XlaOpKernelContext* ctx, int begin, int end,
+                           const char* name, const std::string& attributes,
+                           bool writes, const std::vector<xla::Shape>& results,
+                           std::vector<xla::XlaOp>* found) const {
+    std::vector<xla::XlaOp> operands;
+    std::vector<xla::Shape> shapes, made;
+    std::vector<int> written;
+    std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>>
+        in_place;
+    const auto add = [&](xla::XlaOp operand) -> absl::Status {
+      TF_ASSIGN_OR_RETURN(const xla::Shape* shape,
+                          ctx->builder()->GetShapePtr(operand));
+      operands.push_back(operand);
+      // Row after row.
+      shapes.push_back(xla::ShapeUtil::MakeShape(shape->element_type(),
+                                                 shape->dimensions()));
+      return absl::OkStatus();
+    };
+    for (size_t list = 0; list < inputs_.lists.size(); ++list) {
+      for (int i = begin; i < end; ++i) {
+        const int input = inputs_.At(list, i);
+        xla::XlaOp stored;
+        TF_RETURN_IF_ERROR(ReadStored(ctx, input, &stored));
+        TF_RETURN_IF_ERROR(add(stored));
+        if (!writes || input >= inputs_.Resources()) continue;
+        const int64_t k = written.size();
+        in_place.emplace_back(xla::ShapeIndex{k},
+                              std::pair(k, xla::ShapeIndex{}));
+        written.push_back(input);
+        made.push_back(shapes.back());
+      }
+    }
+    for (size_t j = 0; j < inputs_.hypers.size(); ++j) {
+      TF_RETURN_IF_ERROR(add(ctx->Input(inputs_.Hyper(j))));
+    }
+    made.insert(made.end(), results.begin(), results.end());
+    const xla::XlaOp call = xla::CustomCallWithLayout(
+        ctx->builder(), name, operands, xla::ShapeUtil::MakeTupleShape(made),
+        shapes,
+        absl::StrCat("{first = ", begin, " : i32, n = ", end - begin,
+                     " : i32, ", attributes, "}"),
+        /*has_side_effect=*/false, in_place, /*literal=*/nullptr,
+        xla::CustomCallSchedule::SCHEDULE_NONE,
+        xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    for (size_t k = 0; k < written.size(); ++k) {
+      TF_RETURN_IF_ERROR(ctx->AssignVariable(written[k],
+                                             stored_dtypes_[written[k]],
+                                             xla::GetTupleElement(call, k)));
+    }
+    for (size_t k = 0; k < results.size(); ++k) {
+      found->push_back(xla::GetTupleElement(call, written.size() + k));
+    }
+    return absl::OkStatus();
+  }
+
+  // One number of each of n variables.
+  static xla::Shape PerVariable(int n) {
+    return xla::ShapeUtil::MakeShape(xla::F64, {n});
+  }
 
   // The hyperparameters of variable i, as scalars; there are kStepHyperCount at
   // least.
@@ -70,30 +146,37 @@ class Lowering : public tensorflow::XlaOpKernel {
     return hypers;
   }
 
-  // Entry i of a list of variables, or of gradients.
+  // Entry i of a list of variables, or of gradients, as a rule computes.
   template <class S>
   absl::Status Read(XlaOpKernelContext* ctx, int list, int i,
                     Hlo<S>* value) const {
-    const int input = inputs_.At(list, i);
     xla::XlaOp stored;
-    if (input < inputs_.Resources()) {
-      TF_RETURN_IF_ERROR(ctx->ReadVariableInput(input, stored_dtypes_[input],
-                                                nullptr, &stored));
-    } else if (inputs_.factor[i] >= 0 &&
-               !IsNoFactor(ctx->InputShape(inputs_.factor[i]))) {
-      stored = Product<S>(ctx->Input(input), ctx->Input(inputs_.factor[i]));
-    } else {
-      stored = ctx->Input(input);
-    }
+    TF_RETURN_IF_ERROR(ReadStored(ctx, inputs_.At(list, i), &stored));
     value->op = xla::ConvertElementType(
         stored, xla::primitive_util::NativeToPrimitiveType<S>());
     return absl::OkStatus();
   }
 
-  // x^T dz, rounded to the dtype of both. XLA writes it to memory.
-  template <class S>
-  static xla::XlaOp Product(xla::XlaOp x, xla::XlaOp dz) {
-    const auto type = xla::primitive_util::NativeToPrimitiveType<S>();
+  absl::Status ReadStored(XlaOpKernelContext* ctx, int input,
+                          xla::XlaOp* stored) const {
+    if (input < inputs_.Resources()) {
+      return ctx->ReadVariableInput(input, stored_dtypes_[input], nullptr,
+                                    stored);
+    }
+    const int factor = inputs_.factor[input % inputs_.n];
+    *stored = ctx->Input(input);
+    if (factor >= 0 && !IsNoFactor(ctx->InputShape(factor))) {
+      const bool wide = ctx->input_type(input) == tensorflow::DT_DOUBLE;
+      *stored =
+          Product(*stored, ctx->Input(factor), wide ? xla::F64 : xla::F32);
+    }
+    return absl::OkStatus();
+  }
+
+  // x^T dz, made in `type` and rounded to the dtype of both. XLA writes it to
+  // memory.
+  static xla::XlaOp Product(xla::XlaOp x, xla::XlaOp dz,
+                            xla::PrimitiveType type) {
     xla::DotDimensionNumbers over_batch;
     over_batch.add_lhs_contracting_dimensions(0);
     over_batch.add_rhs_contracting_dimensions(0);
@@ -109,6 +192,8 @@ class Lowering : public tensorflow::XlaOpKernel {
   bool scalars_;
 
  private:
+  const bool on_cpu_;
+
   absl::Status Check(XlaOpKernelContext* ctx) {
     if (inputs_.begin.back() != inputs_.Resources()) {
       return absl::InvalidArgumentError(
@@ -179,11 +264,38 @@ class ApplyXla : public Lowering {
       if (!report_penalty_) continue;
       penalties.push_back(xla::Reshape(PenaltyOf(hyper, param).op, {1}));
     }
+    SetPenalties(ctx, penalties);
+    return absl::OkStatus();
+  }
+
+  absl::Status Call(XlaOpKernelContext* ctx) override {
+    const auto name = [](bool value) { return value ? "true" : "false"; };
+    const std::string attributes = absl::StrCat(
+        "rule = ", FindRule(type_string()) - kRules,
+        " : i32, slots = ", inputs_.slots,
+        " : i32, accumulator = ", inputs_.accumulator,
+        " : i32, average = ", inputs_.average,
+        " : i32, scaled_proximal = ", name(options_.scaled_proximal),
+        ", stochastic = ", name(options_.stochastic),
+        ", report_penalty = ", name(report_penalty_));
+    std::vector<xla::XlaOp> penalties;
+    for (int begin = 0; begin < inputs_.n; begin += kMostPerCall) {
+      const int end = std::min(begin + kMostPerCall, inputs_.n);
+      std::vector<xla::Shape> results;
+      if (report_penalty_) results.push_back(PerVariable(end - begin));
+      TF_RETURN_IF_ERROR(CallKernels(ctx, begin, end, "wdops_apply", attributes,
+                                     /*writes=*/true, results, &penalties));
+    }
+    SetPenalties(ctx, penalties);
+    return absl::OkStatus();
+  }
+
+  static void SetPenalties(XlaOpKernelContext* ctx,
+                           const std::vector<xla::XlaOp>& penalties) {
     xla::XlaBuilder* builder = ctx->builder();
     ctx->SetOutput(0, penalties.empty()
                           ? xla::ConstantR1<double>(builder, {})
                           : xla::ConcatInDim(builder, penalties, 0));
-    return absl::OkStatus();
   }
 
   // `new_param`: the one that is stored, in double.
@@ -301,6 +413,30 @@ class NormsXla : public Lowering {
     ctx->SetOutput(0, xla::ConcatInDim(builder, norms, 0));
     ctx->SetOutput(1, xla::ConcatInDim(builder, penalties, 0));
     ctx->SetOutput(2, (nonfinite == 0).op);
+    return absl::OkStatus();
+  }
+
+  absl::Status Call(XlaOpKernelContext* ctx) override {
+    const std::string attributes =
+        absl::StrCat("param = ", inputs_.lists[0] == "var" ? 0 : -1,
+                     " : i32, accumulator = ", inputs_.accumulator, " : i32");
+    std::vector<xla::XlaOp> norms, penalties;
+    xla::XlaOp finite = xla::ConstantR0<bool>(ctx->builder(), true);
+    for (int begin = 0; begin < inputs_.n; begin += kMostPerCall) {
+      const int end = std::min(begin + kMostPerCall, inputs_.n);
+      const xla::Shape numbers = PerVariable(end - begin);
+      std::vector<xla::XlaOp> found;
+      TF_RETURN_IF_ERROR(CallKernels(
+          ctx, begin, end, "wdops_norms", attributes, /*writes=*/false,
+          {numbers, numbers, xla::ShapeUtil::MakeShape(xla::PRED, {})},
+          &found));
+      norms.push_back(found[0]);
+      penalties.push_back(found[1]);
+      finite = xla::And(finite, found[2]);
+    }
+    ctx->SetOutput(0, xla::ConcatInDim(ctx->builder(), norms, 0));
+    ctx->SetOutput(1, xla::ConcatInDim(ctx->builder(), penalties, 0));
+    ctx->SetOutput(2, finite);
     return absl::OkStatus();
   }
 
