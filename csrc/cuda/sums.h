@@ -63,15 +63,20 @@ class GradientTerms {
                       Sums* sums) const {
     S accumulator[kBatch] = {}, param[kBatch] = {};
     if (v.accumulator) LoadBatch(v.dtype, v.accumulator, batch, accumulator);
-    if (v.param) LoadBatch(v.dtype, v.param, batch, param);
+    if (v.param) {
+      LoadBatch(v.dtype, v.param, batch, param);
+      for (int b = 0; b < kBatch; ++b) {
+        const double p = param[b];
+        sums->b += Abs(p);
+        sums->c += p * p;
+      }
+    }
     for (int b = 0; b < kBatch; ++b) {
       S total = v.accumulator ? gradient_.Mean(grad[b], accumulator[b])
                               : gradient_.Scaled(grad[b]);
       if (v.param) total = total + gradient_.Penalty(param[b]);
-      const double g = total, p = param[b];
+      const double g = total;
       sums->a += g * g;
-      sums->b += Abs(p);
-      sums->c += p * p;
       if constexpr (std::is_same_v<S, double>) sums->d += g - g;
     }
   }

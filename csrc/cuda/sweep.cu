@@ -34,8 +34,16 @@ __device__ bool FindPlace(const Variable& v, int64_t piece, int lane,
   return true;
 }
 
+// What the registers of a multiprocessor must do for: with as many threads, and
+// their loads under way, its share of the memory is busy.
+template <class S>
+constexpr int kBlocks = std::is_same_v<S, double> ? 3 : 4;
+
+// The variable and the constants lie in shared memory, and all else is reached
+// by pointers of which the compiler does not know that they are not: so it
+// reads them where they are used, and keeps no registers for them.
 template <template <class> class Rule, class S>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
     SweepKernel(const Table* table, const Steps* steps, const Scales scales) {
   constexpr int kSlots = Step<Rule, S>::kSlots;
   constexpr bool kRate = kHasRate<Rule<S>, S>;
