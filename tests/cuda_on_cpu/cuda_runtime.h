@@ -1,6 +1,8 @@
 // A stand-in for the runtime of CUDA, so that g++ compiles csrc/cuda and a CPU
 // runs it: blocks one after the other, the threads of a block as fibers that
-// take turns at __syncthreads. A stream does all at once.
+// take turns at __syncthreads. A stream does all at once. In every other block
+// the turns go backwards, so that a thread that reads what another has not yet
+// written, or writes what another has not yet read, is found.
 #pragma once
 
 #include <setjmp.h>
@@ -67,7 +69,9 @@ class Block {
     body_ = &body;
     while (fibers_.size() < threads) Add();
     std::vector<unsigned> waiting(threads), next;
-    for (unsigned t = 0; t < threads; ++t) waiting[t] = t;
+    for (unsigned t = 0; t < threads; ++t) {
+      waiting[t] = blockIdx.x % 2 ? threads - 1 - t : t;
+    }
     while (!waiting.empty()) {
       next.clear();
       for (unsigned t : waiting) {
