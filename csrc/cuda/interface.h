@@ -37,7 +37,8 @@ typedef struct {
   // stepped, and are what norms, penalties and a trust ratio are of. Null: all.
   const int64_t* rows;
   // Factored gradient: x^T dz with x [batch, n / width] and dz [batch, width],
-  // of `dtype`, in the place of grad, which is null.
+  // of `dtype`, in the place of grad, which is null. So may these be, if batch
+  // is 0.
   const void* x;
   const void* dz;
   int64_t batch;

@@ -17,10 +17,12 @@ bool IsValid(const WdopsVariable& v) {
                             static_cast<DType>(v.slot_dtype)) == kLayoutCount) {
     return false;
   }
-  if (!v.x != !v.dz || (v.x && (v.rows || v.grad || v.batch < 0))) return false;
+  if ((v.grad || v.rows) && (v.x || v.dz)) return false;
   if (v.n == 0) return true;
-  if (!v.x && !v.grad) return false;
-  return !(v.rows || v.x) || (v.width > 0 && v.n % v.width == 0);
+  const bool factored =
+      !v.grad && !v.rows && v.batch >= 0 && (v.batch == 0 || (v.x && v.dz));
+  if (!v.grad && !factored) return false;
+  return !(v.rows || factored) || (v.width > 0 && v.n % v.width == 0);
 }
 
 Variable Complete(const WdopsVariable& given) {
@@ -70,8 +72,10 @@ int wdops_cuda_fill_table(const WdopsVariable* variables, int count,
   pieces[0] = chunks[0] = 0;
   for (int i = 0; i < count; ++i) {
     const Variable v = entries[i] = Complete(variables[i]);
-    (v.IsDouble() ? table.has_double : table.has_float) = true;
-    (v.IsRun() ? table.has_runs : table.has_places) = true;
+    if (v.n > 0) {
+      (v.IsDouble() ? table.has_double : table.has_float) = true;
+      (v.IsRun() ? table.has_runs : table.has_places) = true;
+    }
     pieces[i + 1] = pieces[i] + PiecesOf(v);
     chunks[i + 1] = chunks[i] + ChunksOf(v);
   }

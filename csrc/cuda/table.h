@@ -34,8 +34,8 @@ struct Variable : WdopsVariable {
   bool aligned;
 
   WDOPS_FN bool IsDouble() const { return dtype == k_float64; }
-  WDOPS_FN bool IsFactored() const { return x != nullptr; }
-  WDOPS_FN bool IsRun() const { return !rows && !x; }
+  WDOPS_FN bool IsFactored() const { return !grad; }
+  WDOPS_FN bool IsRun() const { return !rows && grad; }
   WDOPS_FN int64_t Rows() const { return width ? n / width : 0; }
 };
 
