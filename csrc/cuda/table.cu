@@ -30,12 +30,14 @@ Variable Complete(const WdopsVariable& given) {
   if (v.IsRun()) v.width = v.n;
   const int width = WidthOf(v.IsDouble());
   v.across = Ceil(v.width, v.IsFactored() ? kTileVectors * width : width);
-  const int64_t bytes = kDTypeBytes[v.dtype] * width;
+  v.bytes = kDTypeBytes[v.dtype];
+  v.slot_bytes = kDTypeBytes[v.slot_dtype];
   v.aligned = v.width % width == 0 || (v.width == v.n && !v.rows);
   const void* const arrays[] = {v.param, v.grad, v.accumulator, v.average};
-  for (const void* array : arrays) v.aligned &= IsMultiple(array, bytes);
+  for (const void* array : arrays)
+    v.aligned &= IsMultiple(array, v.bytes * width);
   for (const void* slot : v.slot) {
-    v.aligned &= IsMultiple(slot, kDTypeBytes[v.slot_dtype] * width);
+    v.aligned &= IsMultiple(slot, v.slot_bytes * width);
   }
   return v;
 }
