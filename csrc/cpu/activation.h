@@ -2,89 +2,14 @@
 // backwards with the sums that are the bias's gradient.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 
 #include "cpu/sweep.h"
 #include "rules/activation.h"
+#include "rules/blocks.h"
 
 namespace wdops::cpu {
-
-// Rows of an array, `stride` elements apart; the last may be shorter. There is
-// one at least.
-struct Rows {
-  int64_t begin;  // in the array, in elements
-  int64_t rows;
-  int64_t stride;
-  int columns, last_columns;
-};
-
-// How an array of shape [outer, channels, inner], none of them 0, is cut into
-// blocks, by its shape alone: so that sums over them have the same bits for
-// every number of threads.
-//
-// Where `inner` is large, a block is a piece of a channel. Where it is not, the
-// array is one of rows of `period` elements, behind which the channels repeat
-// (at least kPeriod, for a vector loop over few channels to be worth its
-// while), and a block is a number of rows and columns of them.
-class Blocks {
- public:
-  Blocks(int64_t outer, int64_t channels, int64_t inner)
-      : channels_(channels), inner_(inner), n_(outer * channels * inner) {
-    uniform_ = channels == 1 || inner >= kInner;
-    if (uniform_) {
-      period_ = channels == 1 ? n_ : inner;
-      rows_ = 1;
-      columns_ = kPiece;
-    } else {
-      const int64_t least = Ceil(kPeriod, channels * inner);
-      period_ = std::min(least, outer) * channels * inner;
-      rows_ = kRows;
-      const int64_t blocks = Ceil(period_, kColumns);
-      columns_ = Ceil(Ceil(period_, blocks), kLine) * kLine;
-    }
-    across_ = Ceil(period_, columns_);
-    down_ = Ceil(Ceil(n_, period_), rows_);
-  }
-
-  int64_t Count() const { return across_ * down_; }
-  // Whether a block lies in one channel.
-  bool Uniform() const { return uniform_; }
-  int64_t Period() const { return period_; }
-  int64_t ChannelAt(int64_t element) const {
-    return element / inner_ % channels_;
-  }
-  // The first column of a block.
-  int64_t Column(int64_t block) const { return block % across_ * columns_; }
-  int64_t BlocksDown() const { return down_; }
-  // Where the sums of a block's columns begin, in an array of shape
-  // [BlocksDown(), Period()].
-  int64_t FirstSum(int64_t block) const {
-    return block / across_ * period_ + Column(block);
-  }
-
-  Rows At(int64_t block) const {
-    const int64_t row = block / across_ * rows_, column = Column(block);
-    const int64_t rows = Ceil(n_, period_), last = (rows - 1) * period_;
-    const int64_t columns = std::min(columns_, period_ - column);
-    Rows at{row * period_ + column, std::min(rows_, rows - row), period_,
-            int(columns), int(columns)};
-    if (row + at.rows == rows) {
-      at.last_columns = std::clamp<int64_t>(n_ - last - column, 0, columns);
-    }
-    return at;
-  }
-
- private:
-  static constexpr int64_t kInner = 256, kPiece = 1 << 16, kPeriod = 512,
-                           kRows = 256, kColumns = 1024, kLine = 16;
-
-  int64_t channels_, inner_, n_;
-  bool uniform_;
-  int64_t period_, rows_, columns_;  // of the array; of a block
-  int64_t across_, down_;            // blocks
-};
 
 // output = activation(x + bias), where `hyper` are those of the activation; all
 // arrays begin with the first row. `bias` has an entry for each column, or one

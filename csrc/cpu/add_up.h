@@ -1,16 +1,12 @@
-// Sums that every instruction set makes in the same order.
+// The tree of rules/sums.h as a loop.
 #pragma once
 
-#include "cpu/sweep.h"
+#include "rules/sums.h"
 
 namespace wdops::cpu {
 namespace {
 
-// Adds up each number of the array term(i) for every i below n in a fixed tree:
-// kLanes sums side by side, so that every vector width gives the same bits, and
-// then their halves.
-constexpr int kLanes = 64;
-
+// Adds up each number of the array term(i) for every i below n.
 template <class Term>
 Sums AddUp(int64_t n, const Term& term) {
   using Terms = decltype(term(0));
@@ -36,6 +32,14 @@ Sums AddUp(int64_t n, const Term& term) {
     total[t] = sums[t][0];
   }
   return {total[0], total[1], total[2], total[3]};
+}
+
+// Of a variable, from those of its chunks.
+inline Sums AddUp(const Sums* of_chunks, int64_t chunks) {
+  return AddUp(chunks, [&](int64_t c) {
+    const Sums& sums = of_chunks[c];
+    return std::array{sums.a, sums.b, sums.c, sums.d};
+  });
 }
 
 }  // namespace

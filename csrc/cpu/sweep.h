@@ -4,20 +4,10 @@
 
 #include <cstdint>
 
+#include "rules/sums.h"
 #include "rules/table.h"
 
 namespace wdops::cpu {
-
-// Elements of one variable that are swept at a time, the last time fewer: 28
-// bytes each for Adam in f32 make half of a usual L2. Sums are made over each
-// chunk and then over the chunks in their order, so that they depend on neither
-// threads nor instruction set.
-inline constexpr int64_t kChunk = 16384;
-
-// How many of `size` hold n.
-inline int64_t Ceil(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-inline int64_t Chunks(int64_t n) { return Ceil(n, kChunk); }
 
 // One run of one variable, a chunk or less: arrays of n elements that do not
 // overlap.
@@ -36,26 +26,8 @@ struct Chunk {
 // RuleInfo::make_step.
 using Sweep = void (*)(const void* step, const Chunk&);
 
-// Up to four sums over a chunk.
-struct Sums {
-  double a = 0, b = 0, c = 0, d = 0;
-
-  Sums& operator+=(const Sums& other) {
-    a += other.a, b += other.b, c += other.c, d += other.d;
-    return *this;
-  }
-};
+// Sums over a chunk.
 using Sum = Sums (*)(const void* step, const Chunk&);
-
-// LAMB's ratio, of the sums that Kernels::trust gives.
-inline double TrustRatio(const Sums& sums) {
-  return sums.a > 0 && sums.b > 0 ? std::sqrt(sums.a / sums.b) : 1;
-}
-
-// Whether every element was finite whose sums Kernels::gradient gives.
-inline bool IsFinite(const Sums& sums, DType dtype) {
-  return dtype == k_float64 ? sums.d == 0 : std::isfinite(sums.a);
-}
 
 using SweepPerLayout = std::array<Sweep, kLayoutCount>;
 using SumPerLayout = std::array<Sum, kLayoutCount>;

@@ -1,146 +1,212 @@
-// The loop over a GPU's memory: the same rules as cpu/sweep.cc, one thread an
-// element. No TensorFlow here.
-#include <cuda_runtime.h>
-
-#include <algorithm>
-
-#include "rules/table.h"
+// The step of every rule over a card's memory: one launch for all variables,
+// from the same rules as cpu/sweep.cc.
+#include "cuda/sums.h"
 
 namespace wdops::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 16;
-
-// One variable of a step. Null where there is no such array.
-struct Arrays {
-  int64_t n;  // elements
-  DType dtype, slot_dtype;
-  void* param;
-  const void* grad;
-  void* slot[kMaxSlots];
-  void* accumulator;
-  void* average;
-};
-
-// A kernel for each pair of storage types would be hundreds of them: a branch
-// that all threads take alike costs nothing beside the memory.
+// Vector `lane` of a piece: where it is in the gradient and in all other
+// arrays.
 template <class S>
-__device__ S LoadAs(DType dtype, const void* from, int64_t i) {
-  switch (dtype) {
-#define DTYPE(name, Type) \
-  case k_##name:          \
-    return Load(static_cast<const Type*>(from)[i]);
-#include "rules/dtypes.inc"
-    default:
-      return 0;
-  }
-}
-
-template <class S>
-__device__ void StoreAs(DType dtype, S value, void* to, int64_t i,
-                        bool stochastic, uint32_t bits, int k) {
-  switch (dtype) {
-    case k_float32:
-      return Store(static_cast<float>(value), static_cast<float*>(to) + i);
-    case k_float64:
-      return Store(static_cast<double>(value), static_cast<double*>(to) + i);
-    case k_float16:
-      return Store(static_cast<float>(value), static_cast<float16*>(to) + i);
-    case k_bfloat16: {
-      const float x = value;
-      const uint32_t nearest = ToNearest(BitCast<uint32_t>(x));
-      return Store(x, static_cast<bfloat16*>(to) + i,
-                   stochastic ? Addend(bits, k) : nearest);
+__device__ bool FindPlace(const Variable& v, int64_t piece, int lane,
+                          Place* grad, Place* place) {
+  int64_t row = 0, column;
+  if (v.IsFactored()) {
+    row = piece / v.across * kTileRows + lane / kTileVectors;
+    column =
+        piece % v.across * kTileColumns<S> + lane % kTileVectors * kWidth<S>;
+    if (row >= v.Rows()) return false;
+  } else {
+    int64_t vector = piece * (kThreads * kVectors) + lane;
+    if (v.rows) {
+      row = vector / v.across;
+      vector -= row * v.across;
+      if (row >= v.Rows()) return false;
     }
-    default:
-      return;
+    column = vector * kWidth<S>;
   }
+  if (column >= v.width) return false;
+  const int64_t left = v.width - column;
+  const int count = left < kWidth<S> ? left : kWidth<S>;
+  *grad = {row * v.width + column, count, v.aligned && count == kWidth<S>};
+  *place = *grad;
+  if (v.rows) place->at = v.rows[row] * v.width + column;
+  return true;
 }
 
 template <template <class> class Rule, class S>
 __global__ void __launch_bounds__(kThreads)
-    SweepKernel(const Step<Rule, S> step, const Arrays a) {
-  constexpr int kSlots = Rule<float>::kSlots.size;
-  constexpr bool kScaled = kHasRate<Rule<float>, float>;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       i < a.n; i += stride) {
-    S p = LoadAs<S>(a.dtype, a.param, i);
-    S s[kSlots + 1];
+    SweepKernel(const Table* table, const Steps* steps, const Scales scales) {
+  constexpr int kSlots = Step<Rule, S>::kSlots;
+  constexpr bool kRate = kHasRate<Rule<S>, S>;
+  constexpr bool kDouble = std::is_same_v<S, double>;
+  __shared__ Tile<S> tile;
+
+  const int variable = Find(table->FirstPiece(), table->count, blockIdx.x);
+  const Variable v = table->Variables()[variable];
+  if (v.IsDouble() != kDouble) return;
+  const int64_t piece = blockIdx.x - table->FirstPiece()[variable];
+  const Step<Rule, S> step =
+      scales.StepOf<Rule, S>(*steps->Of(variable, kDouble), variable);
+  const bool scaled = kRate && step.options.scaled_proximal;
+  const bool full = scaled || v.accumulator || v.average;
+  if (v.IsFactored()) FormTile(v, piece, &tile);
+
+#pragma unroll 1
+  for (int j = 0; j < kVectors; ++j) {
+    const int lane = j * kThreads + threadIdx.x;
+    Place at_grad, at;
+    if (!FindPlace<S>(v, piece, lane, &at_grad, &at)) return;
+    Raw<S> raw_grad, raw_slot[kSlots + 1], raw_accumulator = {},
+                                           raw_average = {};
+    const Raw<S> raw_param = LoadRaw<S>(v.dtype, v.param, at);
+    if (!v.IsFactored()) raw_grad = LoadRaw<S>(v.dtype, v.grad, at_grad);
     for (int k = 0; k < kSlots; ++k) {
-      s[k] = LoadAs<S>(a.slot_dtype, a.slot[k], i);
+      raw_slot[k] = LoadRaw<S>(v.slot_dtype, v.slot[k], at);
     }
-    const S grad = LoadAs<S>(a.dtype, a.grad, i);
-    const S accumulated =
-        a.accumulator ? LoadAs<S>(a.dtype, a.accumulator, i) : S(0);
-    if (kScaled && step.options.scaled_proximal) {
-      step.template Full<kScaled>(p, grad, s, accumulated);
-    } else if (a.accumulator) {
-      step.template Full<false>(p, grad, s, accumulated);
+    if (v.accumulator) {
+      raw_accumulator = LoadRaw<S>(v.dtype, v.accumulator, at);
+    }
+    if (v.average) raw_average = LoadRaw<S>(v.dtype, v.average, at);
+
+    Vector<S> param = Convert<S>(v.dtype, raw_param), grad, slot[kSlots + 1];
+    if (v.IsFactored()) {
+      for (int w = 0; w < kWidth<S>; ++w) {
+        grad.of[w] = tile.number[lane * kWidth<S> + w];
+      }
     } else {
-      step.Plain(p, grad, s);
-    }
-    const bool stochastic = step.options.stochastic;
-    const uint32_t bits = RandomBits(step.key, static_cast<uint32_t>(i >> 32),
-                                     static_cast<uint32_t>(i));
-    if (a.average) {
-      S average = LoadAs<S>(a.dtype, a.average, i);
-      step.Average(p, average);
-      StoreAs(a.dtype, average, a.average, i, stochastic, bits, 1 + kSlots);
+      grad = Convert<S>(v.dtype, raw_grad);
     }
     for (int k = 0; k < kSlots; ++k) {
-      StoreAs(a.slot_dtype, s[k], a.slot[k], i, stochastic, bits, k);
+      slot[k] = Convert<S>(v.slot_dtype, raw_slot[k]);
     }
-    StoreAs(a.dtype, p, a.param, i, stochastic, bits, kSlots);
-    if (a.accumulator) {
-      StoreAs(a.dtype, S(0), a.accumulator, i, false, bits, 0);
+    const auto accumulator = Convert<S>(v.dtype, raw_accumulator);
+    Vector<S> average = Convert<S>(v.dtype, raw_average);
+
+    Rounding<S> rounding = {step.options.stochastic};
+    for (int w = 0; w < kWidth<S>; ++w) {
+      S s[kSlots + 1];
+      for (int k = 0; k < kSlots; ++k) s[k] = slot[k].of[w];
+      S p = param.of[w];
+      const S total = full ? step.Total(p, grad.of[w], accumulator.of[w])
+                           : step.Total(p, grad.of[w]);
+      p = step.Move(p, total, s);
+      p = scaled ? step.template Proximal<kRate>(p, s)
+                 : step.template Proximal<false>(p, s);
+      if (full) step.Average(p, average.of[w]);
+      param.of[w] = p;
+      for (int k = 0; k < kSlots; ++k) slot[k].of[w] = s[k];
+      if (rounding.stochastic) {
+        const int64_t element = at.at + w;
+        rounding.bits[w] =
+            RandomBits(step.key, static_cast<uint32_t>(element >> 32),
+                       static_cast<uint32_t>(element));
+      }
+    }
+
+    for (int k = 0; k < kSlots; ++k) {
+      StoreVector(v.slot_dtype, slot[k], v.slot[k], at, rounding, k);
+    }
+    StoreVector(v.dtype, param, v.param, at, rounding, kSlots);
+    if (v.average) {
+      StoreVector(v.dtype, average, v.average, at, rounding, 1 + kSlots);
+    }
+    if (v.accumulator) {
+      StoreVector(v.dtype, Vector<S>(), v.accumulator, at, Nearest(), 0);
     }
   }
 }
 
-template <template <class> class Rule, class S>
-int Launch(const void* step, const Arrays& arrays, cudaStream_t stream) {
-  if (arrays.n == 0) return cudaSuccess;
-  const int64_t blocks =
-      std::min((arrays.n + kThreads - 1) / kThreads, kMaxBlocks);
-  SweepKernel<Rule, S><<<blocks, kThreads, 0, stream>>>(
-      *static_cast<const Step<Rule, S>*>(step), arrays);
-  return cudaGetLastError();
+template <template <class> class Rule>
+struct FinishTrust {
+  template <class S>
+  using Terms = TrustTerms<Rule, S>;
+
+  Steps* steps;
+
+  __device__ void operator()(int variable, const Variable& v,
+                             const Sums& sums) const {
+    std::byte* const step = steps->Of(variable, v.IsDouble())->step.bytes;
+    const double trust = TrustRatio(sums);
+    if (v.IsDouble()) {
+      reinterpret_cast<Step<Rule, double>*>(step)->rule.trust = trust;
+    } else {
+      reinterpret_cast<Step<Rule, float>*>(step)->rule.trust = trust;
+    }
+  }
+};
+
+struct FinishPenalty {
+  const Steps* steps;
+  double* penalty;
+
+  __device__ void operator()(int variable, const Variable& v,
+                             const Sums& sums) const {
+    const double* const hyper = steps->Of(variable, v.IsDouble())->gradient;
+    penalty[variable] = PenaltyOf(hyper[kL1], hyper[kL2], sums.a, sums.b);
+  }
+};
+
+template <template <class> class Rule>
+cudaError_t Sweep(const Table& host_table, const Table* table, Steps* steps,
+                  const Scales& scales, void* scratch, cudaStream_t stream) {
+  if constexpr (kHasTrust<Rule<float>>) {
+    const cudaError_t error = SumUp<FinishTrust<Rule>::template Terms>(
+        host_table, table, steps, scales, scratch, FinishTrust<Rule>{steps},
+        stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (host_table.has_float) {
+    const cudaError_t error =
+        Launch(&SweepKernel<Rule, float>, host_table.Pieces(), kThreads, stream,
+               table, steps, scales);
+    if (error != cudaSuccess) return error;
+  }
+  if (!host_table.has_double) return cudaSuccess;
+  return Launch(&SweepKernel<Rule, double>, host_table.Pieces(), kThreads,
+                stream, table, steps, scales);
 }
 
-using LaunchFunction = int (*)(const void*, const Arrays&, cudaStream_t);
-
-constexpr LaunchFunction kTable[][2] = {
-#define RULE(name, Class) {&Launch<Class, float>, &Launch<Class, double>},
+constexpr decltype(&Sweep<Sgd>) kSweeps[] = {
+#define RULE(name, Class) &Sweep<Class>,
 #include "rules/rules.inc"
 };
+
+bool HasArrays(const Table& table, int slots) {
+  for (int i = 0; i < table.count; ++i) {
+    const Variable& v = table.Variables()[i];
+    if (v.n == 0) continue;
+    if (!v.param) return false;
+    for (int k = 0; k < slots; ++k) {
+      if (!v.slot[k]) return false;
+    }
+  }
+  return true;
+}
 
 }  // namespace
 }  // namespace wdops::cuda
 
-// Steps `n` elements of one variable in the card's memory, as cpu::Sweep does
-// on the host; returns a cudaError_t. `rule`, `dtype` and `slot_dtype` count as
-// in rules.inc and dtypes.inc; `step` is read on the host; `accumulator` and
-// `average` may be null.
-extern "C" __attribute__((visibility("default"))) int wdops_cuda_sweep(
-    int rule, int dtype, int slot_dtype, const void* step, int64_t n,
-    void* param, const void* grad, void* const* slots, void* accumulator,
-    void* average, cudaStream_t stream) {
-  using namespace wdops;
-  if (rule < 0 || rule >= kRuleCount || dtype < 0 || dtype >= kDTypeCount ||
-      FindLayout(static_cast<DType>(dtype), static_cast<DType>(slot_dtype)) ==
-          kLayoutCount) {
+using namespace wdops;
+using namespace wdops::cuda;
+
+int wdops_cuda_apply(int rule, const void* host_table_bytes,
+                     const void* table_bytes, void* steps_bytes,
+                     const double* grad_scale, int grad_scales,
+                     const double* clip_scale, int clip_scales, double* penalty,
+                     void* scratch, WdopsStream stream) {
+  const Table& host_table = *static_cast<const Table*>(host_table_bytes);
+  if (rule < 0 || rule >= kRuleCount ||
+      !HasArrays(host_table, kRules[rule].slots.size)) {
     return cudaErrorInvalidValue;
   }
-  cuda::Arrays arrays{n,
-                      static_cast<DType>(dtype),
-                      static_cast<DType>(slot_dtype),
-                      param,
-                      grad,
-                      {},
-                      accumulator,
-                      average};
-  for (int k = 0; k < kRules[rule].slots.size; ++k) arrays.slot[k] = slots[k];
-  return cuda::kTable[rule][dtype == k_float64](step, arrays, stream);
+  const Table* const table = static_cast<const Table*>(table_bytes);
+  Steps* const steps = static_cast<Steps*>(steps_bytes);
+  const Scales scales{grad_scale, grad_scales != 0, clip_scale,
+                      clip_scales != 0};
+  const cudaError_t error =
+      kSweeps[rule](host_table, table, steps, scales, scratch, stream);
+  if (error != cudaSuccess || !penalty) return error;
+  return SumUp<PenaltyTerms>(host_table, table, steps, scales, scratch,
+                             FinishPenalty{steps, penalty}, stream);
 }

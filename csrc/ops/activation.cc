@@ -18,8 +18,8 @@ using tensorflow::TensorShape;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-cpu::Blocks BlocksOf(const ActivationShape& shape) {
-  return cpu::Blocks(shape.outer, shape.channels, shape.inner);
+Blocks BlocksOf(const ActivationShape& shape) {
+  return Blocks(shape.outer, shape.channels, shape.inner);
 }
 
 class OutputCpu : public OutputOp {
@@ -32,7 +32,7 @@ class OutputCpu : public OutputOp {
                         const Tensor* bias, Tensor* output) const override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    const cpu::Blocks blocks = BlocksOf(shape);
+    const Blocks blocks = BlocksOf(shape);
     const DType dtype = FromTensorFlow(x.dtype());
     const int64_t size = kDTypeBytes[dtype];
     const Tensor biases = bias ? Repeated(*bias, blocks) : Tensor();
@@ -41,7 +41,7 @@ class OutputCpu : public OutputOp {
     Share(ctx, blocks.Count(), 2 * x.TotalBytes(),
           [&](int64_t block, int64_t end) {
             for (; block < end; ++block) {
-              const cpu::Rows rows = blocks.At(block);
+              const Rows rows = blocks.At(block);
               const int64_t entry = blocks.Uniform()
                                         ? blocks.ChannelAt(rows.begin)
                                         : blocks.Column(block);
@@ -54,7 +54,7 @@ class OutputCpu : public OutputOp {
   }
 
   // The bias of each element of a period, where a block has rows of them.
-  static Tensor Repeated(const Tensor& bias, const cpu::Blocks& blocks) {
+  static Tensor Repeated(const Tensor& bias, const Blocks& blocks) {
     const int64_t period = blocks.Period();
     if (blocks.Uniform() || bias.NumElements() == period) return bias;
     Tensor repeated(bias.dtype(), TensorShape({period}));
@@ -105,7 +105,7 @@ class GradCpu : public GradOp {
 
   template <class PerDType>
   void Sweep(OpKernelContext* ctx, const PerDType& kernels, const double* hyper,
-             const cpu::Blocks& blocks, const Tensor& grad, const Tensor& y,
+             const Blocks& blocks, const Tensor& grad, const Tensor& y,
              Tensor* x_grad, std::vector<double>* totals) const {
     const DType dtype = FromTensorFlow(y.dtype());
     const int64_t size = kDTypeBytes[dtype];
@@ -119,7 +119,7 @@ class GradCpu : public GradOp {
     Share(ctx, blocks.Count(), 3 * y.TotalBytes(),
           [&](int64_t block, int64_t end) {
             for (; block < end; ++block) {
-              cpu::Rows rows = blocks.At(block);
+              Rows rows = blocks.At(block);
               const int64_t at = rows.begin * size;
               const auto run = [&](double* column_sums) {
                 activate(hyper, rows, Data(grad) + at, Data(y) + at,

@@ -48,7 +48,7 @@ class ApplyCpu : public ApplyOp {
     const size_t rule = &rule_ - kRules;
     // Reads what has no fresh buffer yet, and writes nothing.
     if (rule_.trust) {
-      std::vector<cpu::Sums> sums(grads.Chunks());
+      std::vector<Sums> sums(grads.Chunks());
       grads.ForChunks(
           ctx, inputs_.lists.size(),
           [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
@@ -57,8 +57,8 @@ class ApplyCpu : public ApplyOp {
                 kernels->trust[rule][targets[i].layout](targets[i].step, chunk);
           });
       for (int i = 0; i < inputs_.n; ++i) {
-        rule_.set_trust[targets[i].dtype](
-            targets[i].step, cpu::TrustRatio(grads.SumOver(i, sums)));
+        rule_.set_trust[targets[i].dtype](targets[i].step,
+                                          TrustRatio(grads.SumOver(i, sums)));
       }
     }
 
@@ -71,7 +71,7 @@ class ApplyCpu : public ApplyOp {
       sources[input] = *vars[input]->tensor();
       *vars[input]->tensor() = value;
     }
-    std::vector<cpu::Sums> sums(report_penalty_ ? grads.Chunks() : 0);
+    std::vector<Sums> sums(report_penalty_ ? grads.Chunks() : 0);
     grads.ForChunks(
         ctx, 2 * inputs_.lists.size() - 1,
         [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
@@ -85,7 +85,7 @@ class ApplyCpu : public ApplyOp {
           }
         });
     for (int i = 0; report_penalty_ && i < inputs_.n; ++i) {
-      const cpu::Sums sum = grads.SumOver(i, sums);
+      const Sums sum = grads.SumOver(i, sums);
       const double* hyper = hypers.Of(i);
       penalty->vec<double>()(i) =
           PenaltyOf(hyper[kL1], hyper[kL2], sum.a, sum.b);

@@ -32,7 +32,7 @@ class NormsCpu : public NormsOp {
     const auto wanted = [&](int i) { return std::isnan(by_factors[i]); };
     Gradients grads;
     TF_RETURN_IF_ERROR(grads.Make(ctx, inputs_, *kernels, wanted));
-    std::vector<cpu::Sums> sums(grads.Chunks());
+    std::vector<Sums> sums(grads.Chunks());
     grads.ForChunks(
         ctx, inputs_.lists.size(),
         [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
@@ -53,8 +53,8 @@ class NormsCpu : public NormsOp {
         penalty->vec<double>()(i) = 0;
         continue;
       }
-      const cpu::Sums sum = grads.SumOver(i, sums);
-      all_finite &= cpu::IsFinite(sum, FromTensorFlow(inputs_.dtypes[i]));
+      const Sums sum = grads.SumOver(i, sums);
+      all_finite &= IsFinite(sum, inputs_.dtypes[i] == tensorflow::DT_DOUBLE);
       norm->vec<double>()(i) = std::sqrt(sum.a);
       const double* hyper = hypers.Of(i);
       penalty->vec<double>()(i) =
@@ -82,7 +82,7 @@ class NormsCpu : public NormsOp {
       const int64_t width = shape.rows + shape.columns;
       if (shape.batch * width > shape.rows * shape.columns) continue;
       const DType dtype = FromTensorFlow(x.dtype());
-      std::vector<cpu::Sums> sums(shape.batch);
+      std::vector<Sums> sums(shape.batch);
       Share(ctx, shape.batch, shape.batch * shape.batch * width,
             [&](int64_t k, int64_t end) {
               for (; k < end; ++k) {
@@ -90,8 +90,7 @@ class NormsCpu : public NormsOp {
                                                           shape, k);
               }
             });
-      cpu::Sums sum;
-      for (const cpu::Sums& part : sums) sum += part;
+      const Sums sum = cpu::AddUp(sums.data(), sums.size());
       const double scale =
           std::abs(hyper[kAccumulationScale] * hyper[kGradScale]);
       // Where nothing can overflow, all is finite. Otherwise it takes the

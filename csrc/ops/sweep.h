@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "cpu/add_up.h"
 #include "cpu/factored.h"
 #include "ops/kernel.h"
 #include "ops/variables.h"
@@ -50,7 +51,7 @@ class Gradients {
       one.data = Data(grad);
       if (!wanted(i) || !IsFactored(ctx, inputs, i)) {
         bytes_ += one.n * kDTypeBytes[one.dtype];
-        first_.push_back(first_[i] + cpu::Chunks(one.n));
+        first_.push_back(first_[i] + wdops::Chunks(one.n));
         ones_.push_back(std::move(one));
         continue;
       }
@@ -80,11 +81,9 @@ class Gradients {
 
   int64_t Chunks() const { return first_.back(); }
 
-  // The sums of variable i, over its chunks in their order.
-  cpu::Sums SumOver(int i, const std::vector<cpu::Sums>& of_chunks) const {
-    cpu::Sums sums;
-    for (int64_t c = first_[i]; c < first_[i + 1]; ++c) sums += of_chunks[c];
-    return sums;
+  // The sums of variable i.
+  Sums SumOver(int i, const std::vector<Sums>& of_chunks) const {
+    return cpu::AddUp(of_chunks.data() + first_[i], first_[i + 1] - first_[i]);
   }
 
   // Calls run(variable, chunk, begin, n, grad) for every run of memory in every
@@ -114,8 +113,8 @@ class Gradients {
                         });
                 continue;
               }
-              const int64_t begin = (chunk - first_[i]) * cpu::kChunk;
-              run(i, chunk, begin, std::min(cpu::kChunk, one.n - begin),
+              const int64_t begin = (chunk - first_[i]) * kChunk;
+              run(i, chunk, begin, std::min(kChunk, one.n - begin),
                   one.data + begin * kDTypeBytes[one.dtype]);
             }
           });
@@ -142,7 +141,7 @@ class Gradients {
                            const tensorflow::Tensor& factor, int width,
                            tensorflow::Tensor* packed) {
     const int64_t batch = factor.dim_size(0), n = factor.dim_size(1);
-    const int64_t panels = cpu::Ceil(n, width);
+    const int64_t panels = Ceil(n, width);
     const int64_t panel_bytes = batch * width * ComputeBytes(one.dtype);
     TF_RETURN_IF_ERROR(ctx->allocate_temp(
         tensorflow::DT_UINT8, tensorflow::TensorShape({panels * panel_bytes}),

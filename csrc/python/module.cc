@@ -8,6 +8,7 @@
 #include <optional>
 #include <thread>
 
+#include "cpu/add_up.h"
 #include "cpu/dispatch.h"
 #include "cpu/stream.h"
 
@@ -89,14 +90,14 @@ void CheckHypers(const std::vector<std::string>& names,
   if (!error.empty()) throw py::value_error(error);
 }
 
-// The sums that run(chunk) gives, over the chunks in their order.
+// The sums that run(begin, n) gives for every chunk.
 template <class Run>
-cpu::Sums ForChunks(int64_t n, const Run& run) {
-  cpu::Sums sums;
-  for (int64_t begin = 0; begin < n; begin += cpu::kChunk) {
-    sums += run(begin, std::min(cpu::kChunk, n - begin));
+Sums ForChunks(int64_t n, const Run& run) {
+  std::vector<Sums> of_chunks;
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    of_chunks.push_back(run(begin, std::min(kChunk, n - begin)));
   }
-  return sums;
+  return cpu::AddUp(of_chunks.data(), of_chunks.size());
 }
 
 char* Move(char* data, int64_t begin, int dtype) {
@@ -158,11 +159,11 @@ void Apply(const std::string& rule_name, const py::array& param,
     const auto sums = ForChunks(arrays.n(), [&](int64_t begin, int64_t n) {
       return kernels.trust[r][layout](&step, chunk_of(begin, n));
     });
-    rule->set_trust[dtype](&step, cpu::TrustRatio(sums));
+    rule->set_trust[dtype](&step, TrustRatio(sums));
   }
   ForChunks(arrays.n(), [&](int64_t begin, int64_t n) {
     kernels.sweep[r][layout](&step, chunk_of(begin, n));
-    return cpu::Sums();
+    return Sums();
   });
 }
 
@@ -187,7 +188,7 @@ py::tuple NormOf(const py::array& grad, const std::optional<py::array>& param,
   });
   return py::make_tuple(std::sqrt(sums.a),
                         PenaltyOf(hyper[kL1], hyper[kL2], sums.b, sums.c),
-                        cpu::IsFinite(sums, dtype));
+                        IsFinite(sums, dtype == k_float64));
 }
 
 // Reads the first arrays and writes the first of these, in so many threads at
@@ -222,7 +223,7 @@ uint32_t Stream(const std::vector<py::array>& given, int reads, int writes,
   // What a thread claims at a time: it waits little for one that is slower, and
   // the processor prefetches through a run as long as this.
   const int64_t most = 1 << 18, shares = 4 * (1 + others.size());
-  const int64_t claim = std::min(most, cpu::Ceil(n, shares));
+  const int64_t claim = std::min(most, Ceil(n, shares));
   std::atomic<int64_t> claimed{0};
   std::atomic<uint32_t> total{0};
   const auto work = [&] {

@@ -60,7 +60,7 @@ struct Gradient {
   S scale, accumulation_scale, l1, l2_slope;
 
   template <class D>
-  explicit Gradient(const D* hyper)
+  WDOPS_FN explicit Gradient(const D* hyper)
       : scale(hyper[kAccumulationScale] * hyper[kGradScale]),
         accumulation_scale(hyper[kAccumulationScale]),
         l1(hyper[kL1]),
@@ -134,19 +134,24 @@ struct Step : Gradient<S> {
     }
   }
 
+  // All but the proximal step. `total` is Total(param, ...).
+  template <class V>
+  WDOPS_FN V Move(V param, V total, V* slot) const {
+    return rule(Decay(param), Clip(total), slot);
+  }
+
   // What most steps are.
   template <class V>
   WDOPS_FN void Plain(V& param, V grad, V* slot) const {
-    const V g = Clip(this->Total(param, grad));
-    param = Proximal<false>(rule(Decay(param), g, slot), slot);
+    param = Proximal<false>(Move(param, this->Total(param, grad), slot), slot);
   }
 
   // The same with accumulated gradients, and the choice of the metric of the
   // proximal step. The caller empties the accumulator.
   template <bool kScaled, class V>
   WDOPS_FN void Full(V& param, V grad, V* slot, V accumulator) const {
-    const V g = Clip(this->Total(param, grad, accumulator));
-    param = Proximal<kScaled>(rule(Decay(param), g, slot), slot);
+    const V total = this->Total(param, grad, accumulator);
+    param = Proximal<kScaled>(Move(param, total, slot), slot);
   }
 
   template <class V>

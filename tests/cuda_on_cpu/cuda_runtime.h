@@ -1,0 +1,187 @@
+// A stand-in for the runtime of CUDA, so that g++ compiles csrc/cuda and a CPU
+// runs it: blocks one after the other, the threads of a block as fibers that
+// take turns at __syncthreads. A stream does all at once.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/float_mode.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+typedef struct CUstream_st* cudaStream_t;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoDevice = 100
+};
+enum cudaMemcpyKind {
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1)
+      : x(x), y(y), z(z) {}
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace cuda_on_cpu {
+
+// The threads of a block, each on a stack of its own, which all blocks share.
+// A jump is many times as fast as swapcontext, which asks the system.
+class Block {
+ public:
+  void Run(unsigned threads, const std::function<void()>& body) {
+    body_ = &body;
+    while (fibers_.size() < threads) Add();
+    std::vector<unsigned> waiting(threads), next;
+    for (unsigned t = 0; t < threads; ++t) waiting[t] = t;
+    while (!waiting.empty()) {
+      next.clear();
+      for (unsigned t : waiting) {
+        threadIdx = {t, 0, 0};
+        current_ = fibers_[t].get();
+        if (!Resume()) next.push_back(t);
+      }
+      waiting.swap(next);
+    }
+  }
+
+  // Goes on when every thread is here, or has returned.
+  void Synchronize() {
+    Fiber* const self = current_;
+    self->done = false;
+    if (!_setjmp(self->inside)) _longjmp(outside_, 1);
+  }
+
+ private:
+  struct Fiber {
+    std::unique_ptr<char[]> stack;
+    ucontext_t begin;
+    jmp_buf inside;
+    bool begun = false, done;
+  };
+
+  void Add() {
+    constexpr size_t kStack = 1 << 17;
+    fibers_.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *fibers_.back();
+    fiber.stack.reset(new char[kStack]);
+    getcontext(&fiber.begin);
+    fiber.begin.uc_stack.ss_sp = fiber.stack.get();
+    fiber.begin.uc_stack.ss_size = kStack;
+    makecontext(&fiber.begin, &Block::Begin, 0);
+  }
+
+  // Whether the thread has returned.
+  bool Resume() {
+    if (!_setjmp(outside_)) {
+      if (current_->begun) _longjmp(current_->inside, 1);
+      current_->begun = true;
+      setcontext(&current_->begin);
+    }
+    return current_->done;
+  }
+
+  static void Begin();
+
+  const std::function<void()>* body_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  Fiber* current_;
+  jmp_buf outside_;
+};
+
+inline Block block;
+
+inline void Block::Begin() {
+  for (;;) {
+    (*block.body_)();
+    Fiber* const self = block.current_;
+    self->done = true;
+    if (!_setjmp(self->inside)) _longjmp(block.outside_, 1);
+  }
+}
+
+// As many blocks of TensorFlow's threads may launch at a time.
+inline std::mutex launching;
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads() { cuda_on_cpu::block.Synchronize(); }
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
+                               void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
+  if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const std::lock_guard<std::mutex> lock(cuda_on_cpu::launching);
+  const wdops::cpu::FloatMode mode;
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  for (unsigned b = 0; b < blocks; ++b) {
+    blockIdx = {b, 0, 0};
+    cuda_on_cpu::block.Run(threads, [&] { kernel(arguments...); });
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes,
+                                   cudaStream_t) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes,
+                                   cudaMemcpyKind, cudaStream_t) {
+  memmove(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** to, size_t bytes) {
+  *to = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* pointer) {
+  free(pointer);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "an error of the stand-in";
+}
