@@ -28,13 +28,10 @@ using ActivateGrad = void (*)(const double* hyper, const Rows&,
 // columns.
 template <class Run>
 double SumOfColumns(Rows* row, const Run& run) {
-  constexpr int kColumns = 128;
-  double sums[kColumns];
-  const int n = row->last_columns;
-  *row = {row->begin, (n - 1) / kColumns + 1, kColumns, kColumns,
-          (n - 1) % kColumns + 1};
+  double sums[kSumColumns];
+  *row = Cut(*row);
   run(sums);
-  for (int half = kColumns / 2; half > 0; half /= 2) {
+  for (int half = kSumColumns / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   }
   return sums[0];

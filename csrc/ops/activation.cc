@@ -110,12 +110,7 @@ class GradCpu : public GradOp {
     const DType dtype = FromTensorFlow(y.dtype());
     const int64_t size = kDTypeBytes[dtype];
     const cpu::ActivateGrad activate = kernels[dtype];
-    // Of each block's one channel, or of its columns.
-    const int64_t of_blocks = !inputs_.biased ? 0
-                              : blocks.Uniform()
-                                  ? blocks.Count()
-                                  : blocks.Period() * blocks.BlocksDown();
-    std::vector<double> sums(of_blocks);
+    std::vector<double> sums(inputs_.biased ? blocks.SumCount() : 0);
     Share(ctx, blocks.Count(), 3 * y.TotalBytes(),
           [&](int64_t block, int64_t end) {
             for (; block < end; ++block) {
@@ -128,16 +123,14 @@ class GradCpu : public GradOp {
               if (!inputs_.biased) {
                 run(nullptr);
               } else if (blocks.Uniform()) {
-                sums[block] = cpu::SumOfColumns(&rows, run);
+                sums[blocks.FirstSum(block)] = cpu::SumOfColumns(&rows, run);
               } else {
                 run(&sums[blocks.FirstSum(block)]);
               }
             }
           });
-    for (int64_t i = 0; i < of_blocks; ++i) {
-      const int64_t element =
-          blocks.Uniform() ? blocks.At(i).begin : i % blocks.Period();
-      (*totals)[blocks.ChannelAt(element)] += sums[i];
+    for (size_t i = 0; i < sums.size(); ++i) {
+      (*totals)[i / blocks.SumRun() % totals->size()] += sums[i];
     }
   }
 };

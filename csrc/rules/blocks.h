@@ -16,6 +16,16 @@ struct Rows {
   int columns, last_columns;
 };
 
+// A row as shorter ones, for the sum over all of it: that of each column, and
+// then of their halves.
+inline constexpr int kSumColumns = 128;
+
+WDOPS_FN Rows Cut(const Rows& row) {
+  const int last = row.last_columns - 1;
+  return {row.begin, last / kSumColumns + 1, kSumColumns, kSumColumns,
+          last % kSumColumns + 1};
+}
+
 // How an array of shape [outer, channels, inner], none of them 0, is cut into
 // blocks, by its shape alone: so that sums over them have the same bits for
 // every number of threads.
@@ -26,17 +36,20 @@ struct Rows {
 // while), and a block is a number of rows and columns of them.
 class Blocks {
  public:
-  Blocks(int64_t outer, int64_t channels, int64_t inner)
+  // `rows` and `piece` are those of a block: a matter of speed where nothing is
+  // summed up, and else never given.
+  Blocks(int64_t outer, int64_t channels, int64_t inner, int64_t rows = kRows,
+         int64_t piece = kPiece)
       : channels_(channels), inner_(inner), n_(outer * channels * inner) {
     uniform_ = channels == 1 || inner >= kInner;
     if (uniform_) {
       period_ = channels == 1 ? n_ : inner;
       rows_ = 1;
-      columns_ = kPiece;
+      columns_ = piece;
     } else {
       const int64_t least = Ceil(kPeriod, channels * inner);
       period_ = std::min(least, outer) * channels * inner;
-      rows_ = kRows;
+      rows_ = rows;
       const int64_t blocks = Ceil(period_, kColumns);
       columns_ = Ceil(Ceil(period_, blocks), kLine) * kLine;
     }
@@ -44,23 +57,29 @@ class Blocks {
     down_ = Ceil(Ceil(n_, period_), rows_);
   }
 
-  int64_t Count() const { return across_ * down_; }
+  WDOPS_FN int64_t Count() const { return across_ * down_; }
   // Whether a block lies in one channel.
-  bool Uniform() const { return uniform_; }
+  WDOPS_FN bool Uniform() const { return uniform_; }
   int64_t Period() const { return period_; }
-  int64_t ChannelAt(int64_t element) const {
+  WDOPS_FN int64_t ChannelAt(int64_t element) const {
     return element / inner_ % channels_;
   }
+  // Of every block but the last ones.
+  int64_t Columns() const { return columns_; }
   // The first column of a block.
-  int64_t Column(int64_t block) const { return block % across_ * columns_; }
-  int64_t BlocksDown() const { return down_; }
-  // Where the sums of a block's columns begin, in an array of shape
-  // [BlocksDown(), Period()].
-  int64_t FirstSum(int64_t block) const {
-    return block / across_ * period_ + Column(block);
+  WDOPS_FN int64_t Column(int64_t block) const {
+    return block % across_ * columns_;
+  }
+  // Of each uniform block, or of each column of a row of blocks.
+  int64_t SumCount() const { return uniform_ ? Count() : down_ * period_; }
+  // How many sums of one channel lie side by side, before those of the next.
+  int64_t SumRun() const { return uniform_ ? across_ : inner_; }
+  // The first sum of a block.
+  WDOPS_FN int64_t FirstSum(int64_t block) const {
+    return uniform_ ? block : block / across_ * period_ + Column(block);
   }
 
-  Rows At(int64_t block) const {
+  WDOPS_FN Rows At(int64_t block) const {
     const int64_t row = block / across_ * rows_, column = Column(block);
     const int64_t rows = Ceil(n_, period_), last = (rows - 1) * period_;
     const int64_t columns = std::min(columns_, period_ - column);
