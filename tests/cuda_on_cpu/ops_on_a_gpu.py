@@ -20,7 +20,6 @@ from test_ops import (  # noqa: F401  (these run here as well)
     test_a_hyperparameter_is_read_when_the_op_runs,
     test_a_tensor_read_before_the_step_keeps_its_value,
     test_accumulators_averages_and_the_penalty_of_one_pass,
-    test_steps_in_two_threads_neither_wait_for_ever_nor_lose_an_update,
 )
 
 import wdops
@@ -33,6 +32,8 @@ tf.load_library(str(LIBRARIES / "libdevice.so"))
 tf.load_op_library(str(LIBRARIES / "libwdops_gpu.so"))
 
 DEVICES = ("CPU:0", "GPU:0")
+RULES = {"Wdops>Apply" + "".join(map(str.capitalize, rule["name"].split("_"))): rule for rule in native.rules}
+HYPERS = {op: rule["hypers"] for op, rule in RULES.items()} | {"Wdops>Norms": native.gradient_hypers}
 SIZES = [(0,), (1,), (3, 5), (0, 4), (63,), (16383,), (40001,), (2, 0, 3)]
 modes = pytest.mark.parametrize("mode", ["eager", "graph"])
 rules = pytest.mark.parametrize("rule", reference.RULES)
@@ -44,10 +45,9 @@ def test_there_is_a_gpu_and_variables_go_there():
 
 
 def test_every_op_has_a_kernel_that_takes_handles_and_numbers_from_the_host():
-    for rule in native.rules:
-        name = "Wdops>Apply" + "".join(part.capitalize() for part in rule["name"].split("_"))
+    for op, rule in RULES.items():
         on_host = {"var", *rule["slots"], "accumulator", "average", *rule["hypers"]} - {"grad_scale", "clip_scale"}
-        assert host_memory_of(name) == on_host
+        assert host_memory_of(op) == on_host
     assert host_memory_of("Wdops>Norms") == {"var", "accumulator", "accumulation_scale", "l1", "l2"}
     assert host_memory_of("Wdops>FactoredGradient") == set()
     for name, hypers in {"Elu": {"alpha", "scale"}, "Relu": set(), "LeakyRelu": {"alpha"}}.items():
@@ -245,7 +245,7 @@ def test_an_optimizer_trains_as_on_the_cpu(name, mode):
         optimizer = dict(optimizers())[name]()
         optimizer.build(variables)
         grads = [[tf.constant(rng.normal(size=s).astype("f")) for s in SIZES] for _ in range(4)]
-        apply = MODES[mode](lambda g, optimizer=optimizer, variables=variables: optimizer.apply(g, variables))
+        apply = MODES[mode](optimizer.apply)
         for g in grads:
             apply(g)
         inner = getattr(optimizer, "inner_optimizer", optimizer)
@@ -255,6 +255,27 @@ def test_an_optimizer_trains_as_on_the_cpu(name, mode):
         results.append([np.asarray(v) for v in (*variables, *optimizer.variables)])
     for cpu, gpu in zip(*results, strict=True):
         np.testing.assert_array_equal(cpu.view(np.uint8) if cpu.ndim else cpu, gpu.view(np.uint8) if gpu.ndim else gpu)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in optimizers()])
+def test_an_optimizer_computes_on_the_host_what_the_host_needs(name):
+    variables = [keras.Variable(tf.ones(n)) for n in (3, 5)]
+    optimizer = dict(optimizers())[name]()
+    optimizer.build(variables)
+    step = tf.function(optimizer.apply)
+    graph = step.get_concrete_function([tf.ones(3), tf.ones(5)]).graph.as_graph_def()
+    checked = set()
+    for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
+        devices = {node.name: node.device for node in nodes}
+        for node in nodes:
+            hypers = HYPERS.get(node.op, [])
+            inputs = [name.partition(":")[0] for name in node.input if name[0] != "^"]
+            for hyper, name in zip(hypers, inputs[len(inputs) - len(hypers) :], strict=True):
+                # What comes from outside of a function has no node in it.
+                if name in devices and hyper not in ("grad_scale", "clip_scale"):
+                    assert devices[name].endswith("CPU:0"), (node.op, hyper, name)
+                    checked.add(hyper)
+    assert {"lr", "weight_decay", "l2", "ema_momentum", "accumulation_scale"} <= checked
 
 
 def test_a_step_finds_the_factors_of_a_dense_layer_however_many_rows_there_are():
