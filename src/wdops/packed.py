@@ -13,6 +13,7 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps
 
 from wdops import devices
+from wdops._load import raw_ops
 
 _exportable = contextvars.ContextVar("exportable", default=False)
 
@@ -39,12 +40,10 @@ def pack(handles: list[tf.Tensor]) -> list[tf.Tensor]:
     if len(handles) < 2 or tf.executing_eagerly() or _exportable.get():
         return handles
     places = {handle.device for handle in handles}
-    if any(map(tf.is_symbolic_tensor, handles)) or len(places) > 1 or not places.pop().endswith("device:CPU:0"):
+    if any(map(tf.is_symbolic_tensor, handles)) or len(places) > 1 or devices.in_xla():
         return handles
-    if devices.in_xla():
-        return handles
-    with tf.init_scope():
-        packed = tf.stack(handles)
+    with tf.init_scope(), tf.device(places.pop()):
+        packed = raw_ops.wdops_pack(handles)
     packed.packed_handles = handles
     return [packed]
 

@@ -322,3 +322,16 @@ def test_steps_of_many_threads_have_tables_of_their_own():
     for thread in threads:
         thread.join()
     assert all((v.numpy() == -20).all() for variables in lists for v in variables)
+
+
+def test_slots_on_a_gpu_are_one_capture():
+    params, momenta = ([tf.Variable(tf.ones(3)) for _ in range(4)] for _ in range(2))
+
+    @tf.function
+    def step():
+        momenta[2].assign_add(tf.ones(3))
+        wdops.ops.apply_momentum(params, momenta, [tf.ones(3)] * 4, lr=1.0, momentum=1.0)
+
+    captured = [t for t in step.get_concrete_function().captured_inputs if t.dtype == tf.resource]
+    # The parameters, the momentum that is written to, and all of them at once.
+    assert len(captured) == 4 + 1 + 1
