@@ -45,7 +45,7 @@ __device__ void LoadRows(const T* from, const Column& column, int64_t row,
 }
 
 template <class Activation, class T>
-__global__ void __launch_bounds__(kColumns)
+__global__ void __launch_bounds__(kColumns, 1)
     ActivateKernel(const Activation activation, const Blocks blocks, int strips,
                    const T* x, const T* bias, T* output) {
   using S = Compute<T>;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kColumns)
 }
 
 template <class Activation, class T>
-__global__ void __launch_bounds__(kColumns)
+__global__ void __launch_bounds__(kColumns, 1)
     GradKernel(const Activation activation, const Blocks blocks, int strips,
                const T* grad, const T* output, T* x_grad, double* sums) {
   const Column column(blocks, strips);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kColumns)
 
 // A thread has a channel, and `runs` of `run` sums of it.
 template <class T>
-__global__ void __launch_bounds__(kColumns)
+__global__ void __launch_bounds__(kColumns, 1)
     BiasKernel(const double* sums, int64_t channels, int64_t runs, int64_t run,
                T* bias_grad) {
   const int64_t channel = int64_t{blockIdx.x} * kColumns + threadIdx.x;

@@ -5,12 +5,6 @@
 
 namespace wdops::cuda {
 
-// Room of a block for a tile, and for the panels of x and dz before.
-template <class S>
-struct Tile {
-  S number[kTileRows * kTileColumns<S>];
-};
-
 template <class S>
 __device__ S LoadAs(int dtype, const void* from, int64_t at) {
   switch (dtype) {
@@ -56,17 +50,22 @@ __device__ void LoadPanel(int dtype, const void* from, int64_t row, int depth,
   }
 }
 
-// Tile `t` of x^T dz. Every element is added up over the batch in its order,
-// and every product rounded before, so that it has the bits of the CPU's.
+// Tile `t` of x^T dz, row after row. Every element is added up over the batch
+// in its order, and every product rounded before, so that it has the bits of
+// the CPU's. Not inlined: a kernel would keep its registers for what it seldom
+// calls.
 template <class S>
-__device__ void FormTile(const Variable& v, int64_t t, Tile<S>* tile) {
+__device__ __noinline__ const S* FormTile(const Variable& v, int64_t t) {
   constexpr int kDepth = 16, kHeight = kTileRows * kTileVectors / kThreads;
   constexpr int kColumns = kTileColumns<S>;
+  // First panels of x and dz, then the tile.
+  __shared__ Vector<S> room[kTileRows * kTileVectors];
   static_assert(kDepth * (kTileRows + kColumns) <= kTileRows * kColumns);
-  S* const x = tile->number;
+  S* const number = room[0].of;
+  S* const x = number;
   S* const dz = x + kDepth * kTileRows;
   const int row = threadIdx.x / kTileVectors * kHeight;
-  const int column = threadIdx.x % kTileVectors * kWidth<S>;
+  const int column = threadIdx.x % kTileVectors;
   S sums[kHeight][kWidth<S>] = {};
   for (int64_t first = 0; first < v.batch; first += kDepth) {
     const int depth =
@@ -77,10 +76,11 @@ __device__ void FormTile(const Variable& v, int64_t t, Tile<S>* tile) {
                                 t % v.across * kColumns, dz);
     __syncthreads();
     for (int k = 0; k < depth; ++k) {
+      const Vector<S> dz_row =
+          room[(kDepth * kTileRows + k * kColumns) / kWidth<S> + column];
       for (int r = 0; r < kHeight; ++r) {
         for (int w = 0; w < kWidth<S>; ++w) {
-          sums[r][w] +=
-              x[k * kTileRows + row + r] * dz[k * kColumns + column + w];
+          sums[r][w] += x[k * kTileRows + row + r] * dz_row.of[w];
         }
       }
     }
@@ -88,11 +88,12 @@ __device__ void FormTile(const Variable& v, int64_t t, Tile<S>* tile) {
   }
   for (int r = 0; r < kHeight; ++r) {
     for (int w = 0; w < kWidth<S>; ++w) {
-      tile->number[(row + r) * kColumns + column + w] =
+      number[(row + r) * kColumns + column * kWidth<S> + w] =
           RoundTo(v.dtype, sums[r][w]);
     }
   }
   __syncthreads();
+  return number;
 }
 
 }  // namespace wdops::cuda

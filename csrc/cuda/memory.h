@@ -9,8 +9,8 @@
 namespace wdops::cuda {
 
 template <class S>
-struct Vector {
-  S of[kWidth<S>] = {};
+struct alignas(16) Vector {
+  S of[kWidth<S>];
 };
 
 // As they are in memory: what waits for a load is its conversion, which comes
@@ -64,7 +64,7 @@ __device__ Raw<S> LoadRaw(int dtype, const void* from, const Place& place) {
 
 template <class S>
 __device__ Vector<S> Convert(int dtype, const Raw<S>& raw) {
-  Vector<S> vector;
+  Vector<S> vector = {};
   switch (dtype) {
 #define DTYPE(name, Type)                        \
   case k_##name:                                 \

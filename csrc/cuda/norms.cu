@@ -18,11 +18,11 @@ struct FinishNorm {
   }
 };
 
-__global__ void __launch_bounds__(kLanes)
+__global__ void __launch_bounds__(kLanes, 1)
     ClipKernel(const double* norm, int count, double limit, double* scale) {
   Sums sums;
   for (int i = threadIdx.x; i < count; i += kLanes) sums.a += norm[i] * norm[i];
-  AddUpLanes(&sums);
+  sums = AddUp(sums);
   if (threadIdx.x > 0) return;
   const double total = Sqrt(sums.a);
   const bool finite = total - total == 0;

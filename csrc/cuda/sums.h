@@ -10,12 +10,24 @@ namespace wdops::cuda {
 // Numbers of a lane that are loaded before the first of them is added.
 inline constexpr int kBatch = 8;
 
-// Where they are; negative: nowhere.
-struct Batch {
-  int64_t at[kBatch];
+// Where they are: in a run of memory, or anywhere, or, if negative, nowhere.
+struct Run {
+  int64_t begin;
+  int count;
+
+  __device__ bool Has(int b) const { return b < count; }
+  __device__ int64_t At(int b) const { return begin + b * kLanes; }
 };
 
-template <class S>
+struct Places {
+  int64_t at[kBatch];
+
+  __device__ bool Has(int b) const { return at[b] >= 0; }
+  __device__ int64_t At(int b) const { return at[b]; }
+};
+
+// 0 where there is no number.
+template <class Batch, class S>
 __device__ void LoadBatch(int dtype, const void* from, const Batch& batch,
                           S* to) {
   switch (dtype) {
@@ -24,8 +36,8 @@ __device__ void LoadBatch(int dtype, const void* from, const Batch& batch,
     if constexpr (kIsComputedIn<Type, S>) {                         \
       Type numbers[kBatch] = {};                                    \
       for (int b = 0; b < kBatch; ++b) {                            \
-        if (batch.at[b] >= 0) {                                     \
-          numbers[b] = static_cast<const Type*>(from)[batch.at[b]]; \
+        if (batch.Has(b)) {                                         \
+          numbers[b] = static_cast<const Type*>(from)[batch.At(b)]; \
         }                                                           \
       }                                                             \
       for (int b = 0; b < kBatch; ++b) to[b] = Load(numbers[b]);    \
@@ -46,6 +58,7 @@ class GradientTerms {
       : gradient_(scales.GradientOf<S>(
             *steps->Of(variable, std::is_same_v<S, double>), variable)) {}
 
+  template <class Batch>
   __device__ void Add(const Variable& v, const Batch& batch, const S* grad,
                       Sums* sums) const {
     S accumulator[kBatch] = {}, param[kBatch] = {};
@@ -74,6 +87,7 @@ struct PenaltyTerms {
 
   __device__ PenaltyTerms(const Steps*, const Scales&, int) {}
 
+  template <class Batch>
   __device__ void Add(const Variable& v, const Batch& batch, const S*,
                       Sums* sums) const {
     S param[kBatch];
@@ -96,6 +110,7 @@ class TrustTerms {
       : step_(scales.StepOf<Rule, S>(
             *steps->Of(variable, std::is_same_v<S, double>), variable)) {}
 
+  template <class Batch>
   __device__ void Add(const Variable& v, const Batch& batch, const S* grad,
                       Sums* sums) const {
     constexpr int kSlots = Step<Rule, S>::kSlots;
@@ -106,7 +121,7 @@ class TrustTerms {
     }
     if (v.accumulator) LoadBatch(v.dtype, v.accumulator, batch, accumulator);
     for (int b = 0; b < kBatch; ++b) {
-      if (batch.at[b] < 0) continue;  // 0 / 0, where epsilon is 0
+      if (!batch.Has(b)) continue;  // 0 / 0, where epsilon is 0
       S s[kSlots];
       for (int k = 0; k < kSlots; ++k) s[k] = slot[k][b];
       const S total = v.accumulator
@@ -123,97 +138,135 @@ class TrustTerms {
   Step<Rule, S> step_;
 };
 
-// Adds up what the first kLanes threads have; thread 0 gets it.
-__device__ inline void AddUpLanes(Sums* sums) {
-  __shared__ Sums lane[kLanes];
+// A block's sums of every lane: kTerms of them.
+inline constexpr int kTerms = sizeof(Sums) / sizeof(double);
+
+struct Lanes {
+  double sum[kTerms][kLanes];
+};
+
+// Adds up what the first kLanes threads stored; thread 0 gets it.
+__device__ inline Sums AddUp(Lanes* lanes) {
+  auto& sum = lanes->sum;
   const int t = threadIdx.x;
-  if (t < kLanes) lane[t] = *sums;
   for (int half = kLanes / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (t < half) lane[t] += lane[t + half];
+    if (t >= half) continue;
+    for (int k = 0; k < kTerms; ++k) sum[k][t] += sum[k][t + half];
   }
-  if (t == 0) *sums = lane[0];
+  return {sum[0][0], sum[1][0], sum[2][0], sum[3][0]};
 }
 
+__device__ inline Sums AddUp(const Sums& of_thread) {
+  __shared__ Lanes lanes;
+  const int t = threadIdx.x;
+  if (t < kLanes) {
+    lanes.sum[0][t] = of_thread.a;
+    lanes.sum[1][t] = of_thread.b;
+    lanes.sum[2][t] = of_thread.c;
+    lanes.sum[3][t] = of_thread.d;
+  }
+  return AddUp(&lanes);
+}
+
+// The chunk of a block, and whose it is.
+template <class S>
+struct Chunk {
+  int variable;
+  const Variable& v;
+  int64_t index;  // of those of the variable
+  bool mine;      // whether `v` is of a kind that is computed in S
+
+  __device__ explicit Chunk(const Table* table)
+      : variable(Find(table->FirstChunk(), table->count, blockIdx.x)),
+        v(table->Variables()[variable]),
+        index(blockIdx.x - table->FirstChunk()[variable]),
+        mine(v.IsDouble() == std::is_same_v<S, double>) {}
+};
+
 template <class Terms, class S>
-__global__ void __launch_bounds__(kLanes)
-    ChunkKernel(const Table* table, const Steps* steps, const Scales scales,
-                Sums* of_chunks) {
-  const int64_t chunk = blockIdx.x;
-  const int variable = Find(table->FirstChunk(), table->count, chunk);
-  const Variable v = table->Variables()[variable];
-  if (v.IsFactored() || v.IsDouble() != std::is_same_v<S, double>) return;
-  const Terms terms(steps, scales, variable);
-  const int64_t begin = (chunk - table->FirstChunk()[variable]) * kChunk;
+__global__ void __launch_bounds__(kLanes, 1)
+    RunKernel(const Table* table, const Steps* steps, const Scales scales,
+              Sums* of_chunks) {
+  const Chunk<S> chunk(table);
+  const Variable& v = chunk.v;
+  if (!chunk.mine || !v.IsRun()) return;
+  const Terms terms(steps, scales, chunk.variable);
+  const int64_t begin = chunk.index * kChunk;
   const int n = v.n - begin < kChunk ? v.n - begin : kChunk;
   Sums sums;
   for (int i = threadIdx.x; i < n; i += kBatch * kLanes) {
-    Batch batch;
-    for (int b = 0; b < kBatch; ++b) {
-      const int at = i + b * kLanes;
-      batch.at[b] = at < n ? begin + at : -1;
-    }
+    const Run run{begin + i, (n - i + kLanes - 1) / kLanes};
     S grad[kBatch];
-    if (Terms::kOfGradient) LoadBatch(v.dtype, v.grad, batch, grad);
-    if (v.rows) {
-      for (int b = 0; b < kBatch; ++b) {
-        if (batch.at[b] < 0) continue;
-        const int64_t row = batch.at[b] / v.width;
-        batch.at[b] += (v.rows[row] - row) * v.width;
-      }
-    }
-    terms.Add(v, batch, grad, &sums);
+    if (Terms::kOfGradient) LoadBatch(v.dtype, v.grad, run, grad);
+    terms.Add(v, run, grad, &sums);
   }
-  AddUpLanes(&sums);
-  if (threadIdx.x == 0) of_chunks[chunk] = sums;
+  sums = AddUp(sums);
+  if (threadIdx.x == 0) of_chunks[blockIdx.x] = sums;
 }
 
-// A chunk of a factored gradient is a tile, row after row.
+// Of sparse rows, and of a factored gradient: that of a tile, row after row.
 template <class Terms, class S>
-__global__ void __launch_bounds__(kThreads)
-    TileKernel(const Table* table, const Steps* steps, const Scales scales,
-               Sums* of_chunks) {
-  __shared__ Tile<S> tile;
-  const int64_t chunk = blockIdx.x;
-  const int variable = Find(table->FirstChunk(), table->count, chunk);
-  const Variable v = table->Variables()[variable];
-  if (!v.IsFactored() || v.IsDouble() != std::is_same_v<S, double>) return;
-  const int64_t t = chunk - table->FirstChunk()[variable];
-  if (Terms::kOfGradient) FormTile(v, t, &tile);
+__global__ void __launch_bounds__(kThreads, 1)
+    PlacesKernel(const Table* table, const Steps* steps, const Scales scales,
+                 Sums* of_chunks) {
+  const Chunk<S> chunk(table);
+  const Variable& v = chunk.v;
+  if (!chunk.mine || v.IsRun()) return;
+  const S* tile = nullptr;
+  if (Terms::kOfGradient && v.IsFactored()) tile = FormTile<S>(v, chunk.index);
+  constexpr int kColumns = kTileColumns<S>;
+  const int64_t first_row = chunk.index / v.across * kTileRows;
+  const int64_t first_column = chunk.index % v.across * kColumns;
+  const int n = v.IsFactored() ? kTileRows * kColumns : kChunk;
   Sums sums;
   if (threadIdx.x < kLanes) {
-    const Terms terms(steps, scales, variable);
-    constexpr int kColumns = kTileColumns<S>;
-    const int64_t row = t / v.across * kTileRows;
-    const int64_t column = t % v.across * kColumns;
-    for (int i = threadIdx.x; i < kTileRows * kColumns; i += kBatch * kLanes) {
-      Batch batch;
+    const Terms terms(steps, scales, chunk.variable);
+    for (int i = threadIdx.x; i < n; i += kBatch * kLanes) {
+      Places grad_places, places;
       S grad[kBatch];
       for (int b = 0; b < kBatch; ++b) {
         const int e = i + b * kLanes;
-        const int64_t r = row + e / kColumns, c = column + e % kColumns;
-        batch.at[b] = r < v.Rows() && c < v.width ? r * v.width + c : -1;
-        grad[b] = tile.number[e];
+        int64_t& at = places.at[b] = -1;
+        if (v.IsFactored()) {
+          const int64_t row = first_row + e / kColumns;
+          const int64_t column = first_column + e % kColumns;
+          if (row < v.Rows() && column < v.width) at = row * v.width + column;
+          if (tile) grad[b] = tile[e];
+          continue;
+        }
+        const int64_t g = chunk.index * kChunk + e;
+        grad_places.at[b] = g < v.n ? g : -1;
+        if (g < v.n) at = v.rows[g / v.width] * v.width + g % v.width;
       }
-      terms.Add(v, batch, grad, &sums);
+      if (Terms::kOfGradient && v.rows) {
+        LoadBatch(v.dtype, v.grad, grad_places, grad);
+      }
+      terms.Add(v, places, grad, &sums);
     }
   }
-  AddUpLanes(&sums);
-  if (threadIdx.x == 0) of_chunks[chunk] = sums;
+  sums = AddUp(sums);
+  if (threadIdx.x == 0) of_chunks[blockIdx.x] = sums;
 }
 
-// Calls finish(variable, v, sums), on the card.
+// Calls finish(variable, v, sums), on the card. A thread has a lane of one term
+// alone, so that many of its loads can be under way at a time.
 template <class Finish>
-__global__ void __launch_bounds__(kLanes)
+__global__ void __launch_bounds__(kTerms* kLanes, 1)
     FinishKernel(const Table* table, const Sums* of_chunks,
                  const Finish finish) {
+  __shared__ Lanes lanes;
   const int variable = blockIdx.x;
+  const int lane = threadIdx.x % kLanes, term = threadIdx.x / kLanes;
   const int64_t* const first = table->FirstChunk() + variable;
-  Sums sums;
-  for (int64_t c = first[0] + threadIdx.x; c < first[1]; c += kLanes) {
-    sums += of_chunks[c];
+  const auto* const terms = reinterpret_cast<const double*>(of_chunks) + term;
+  double sum = 0;
+#pragma unroll 16
+  for (int64_t c = first[0] + lane; c < first[1]; c += kLanes) {
+    sum += terms[c * kTerms];
   }
-  AddUpLanes(&sums);
+  lanes.sum[term][lane] = sum;
+  const Sums sums = AddUp(&lanes);
   if (threadIdx.x == 0) finish(variable, table->Variables()[variable], sums);
 }
 
@@ -226,13 +279,13 @@ cudaError_t SumChunks(const Table& host_table, const Table* table,
     return cudaSuccess;
   }
   cudaError_t error = cudaSuccess;
-  if (host_table.has_dense) {
-    error = Launch(&ChunkKernel<Terms, S>, host_table.Chunks(), kLanes, stream,
+  if (host_table.has_runs) {
+    error = Launch(&RunKernel<Terms, S>, host_table.Chunks(), kLanes, stream,
                    table, steps, scales, of_chunks);
   }
-  if (error == cudaSuccess && host_table.has_factored) {
-    error = Launch(&TileKernel<Terms, S>, host_table.Chunks(), kThreads, stream,
-                   table, steps, scales, of_chunks);
+  if (error == cudaSuccess && host_table.has_places) {
+    error = Launch(&PlacesKernel<Terms, S>, host_table.Chunks(), kThreads,
+                   stream, table, steps, scales, of_chunks);
   }
   return error;
 }
@@ -248,8 +301,8 @@ cudaError_t SumUp(const Table& host_table, const Table* table,
   error = SumChunks<Terms<double>, double>(host_table, table, steps, scales,
                                            of_chunks, stream);
   if (error != cudaSuccess) return error;
-  return Launch(&FinishKernel<Finish>, host_table.count, kLanes, stream, table,
-                of_chunks, finish);
+  return Launch(&FinishKernel<Finish>, host_table.count, kTerms * kLanes,
+                stream, table, of_chunks, finish);
 }
 
 }  // namespace wdops::cuda

@@ -35,30 +35,34 @@ __device__ bool FindPlace(const Variable& v, int64_t piece, int lane,
 }
 
 template <template <class> class Rule, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 4 : 3)
     SweepKernel(const Table* table, const Steps* steps, const Scales scales) {
   constexpr int kSlots = Step<Rule, S>::kSlots;
   constexpr bool kRate = kHasRate<Rule<S>, S>;
   constexpr bool kDouble = std::is_same_v<S, double>;
-  __shared__ Tile<S> tile;
-
-  const int variable = Find(table->FirstPiece(), table->count, blockIdx.x);
-  const Variable v = table->Variables()[variable];
+  __shared__ Variable v;
+  __shared__ AnyStep any_step;
+  __shared__ int64_t piece;
+  if (threadIdx.x == 0) {
+    const int variable = Find(table->FirstPiece(), table->count, blockIdx.x);
+    v = table->Variables()[variable];
+    piece = blockIdx.x - table->FirstPiece()[variable];
+    new (any_step.bytes) Step<Rule, S>(
+        scales.StepOf<Rule, S>(*steps->Of(variable, kDouble), variable));
+  }
+  __syncthreads();
   if (v.IsDouble() != kDouble) return;
-  const int64_t piece = blockIdx.x - table->FirstPiece()[variable];
-  const Step<Rule, S> step =
-      scales.StepOf<Rule, S>(*steps->Of(variable, kDouble), variable);
+  const auto& step = *reinterpret_cast<const Step<Rule, S>*>(any_step.bytes);
   const bool scaled = kRate && step.options.scaled_proximal;
   const bool full = scaled || v.accumulator || v.average;
-  if (v.IsFactored()) FormTile(v, piece, &tile);
+  const S* const tile = v.IsFactored() ? FormTile<S>(v, piece) : nullptr;
 
 #pragma unroll 1
   for (int j = 0; j < kVectors; ++j) {
     const int lane = j * kThreads + threadIdx.x;
     Place at_grad, at;
     if (!FindPlace<S>(v, piece, lane, &at_grad, &at)) return;
-    Raw<S> raw_grad, raw_slot[kSlots + 1], raw_accumulator = {},
-                                           raw_average = {};
+    Raw<S> raw_grad, raw_slot[kSlots + 1], raw_accumulator = {};
     const Raw<S> raw_param = LoadRaw<S>(v.dtype, v.param, at);
     if (!v.IsFactored()) raw_grad = LoadRaw<S>(v.dtype, v.grad, at_grad);
     for (int k = 0; k < kSlots; ++k) {
@@ -67,53 +71,65 @@ __global__ void __launch_bounds__(kThreads)
     if (v.accumulator) {
       raw_accumulator = LoadRaw<S>(v.dtype, v.accumulator, at);
     }
-    if (v.average) raw_average = LoadRaw<S>(v.dtype, v.average, at);
 
-    Vector<S> param = Convert<S>(v.dtype, raw_param), grad, slot[kSlots + 1];
+    Vector<S> param = Convert<S>(v.dtype, raw_param), total, slot[kSlots + 1];
     if (v.IsFactored()) {
       for (int w = 0; w < kWidth<S>; ++w) {
-        grad.of[w] = tile.number[lane * kWidth<S> + w];
+        total.of[w] = tile[lane * kWidth<S> + w];
       }
     } else {
-      grad = Convert<S>(v.dtype, raw_grad);
+      total = Convert<S>(v.dtype, raw_grad);
+    }
+    if (full) {
+      const auto accumulator = Convert<S>(v.dtype, raw_accumulator);
+      for (int w = 0; w < kWidth<S>; ++w) {
+        total.of[w] = step.Total(param.of[w], total.of[w], accumulator.of[w]);
+      }
+    } else {
+      for (int w = 0; w < kWidth<S>; ++w) {
+        total.of[w] = step.Total(param.of[w], total.of[w]);
+      }
     }
     for (int k = 0; k < kSlots; ++k) {
       slot[k] = Convert<S>(v.slot_dtype, raw_slot[k]);
     }
-    const auto accumulator = Convert<S>(v.dtype, raw_accumulator);
-    Vector<S> average = Convert<S>(v.dtype, raw_average);
-
-    Rounding<S> rounding = {step.options.stochastic};
     for (int w = 0; w < kWidth<S>; ++w) {
       S s[kSlots + 1];
       for (int k = 0; k < kSlots; ++k) s[k] = slot[k].of[w];
-      S p = param.of[w];
-      const S total = full ? step.Total(p, grad.of[w], accumulator.of[w])
-                           : step.Total(p, grad.of[w]);
-      p = step.Move(p, total, s);
-      p = scaled ? step.template Proximal<kRate>(p, s)
-                 : step.template Proximal<false>(p, s);
-      if (full) step.Average(p, average.of[w]);
-      param.of[w] = p;
+      const S p = step.Move(param.of[w], total.of[w], s);
+      param.of[w] = scaled ? step.template Proximal<kRate>(p, s)
+                           : step.template Proximal<false>(p, s);
       for (int k = 0; k < kSlots; ++k) slot[k].of[w] = s[k];
-      if (rounding.stochastic) {
+    }
+
+    Rounding<S> rounding = {step.options.stochastic};
+    if (rounding.stochastic) {
+      for (int w = 0; w < kWidth<S>; ++w) {
         const int64_t element = at.at + w;
         rounding.bits[w] =
             RandomBits(step.key, static_cast<uint32_t>(element >> 32),
                        static_cast<uint32_t>(element));
       }
     }
-
     for (int k = 0; k < kSlots; ++k) {
       StoreVector(v.slot_dtype, slot[k], v.slot[k], at, rounding, k);
     }
+    if (full) {
+      Vector<S> average = {};
+      if (v.average) {
+        average = Convert<S>(v.dtype, LoadRaw<S>(v.dtype, v.average, at));
+      }
+      for (int w = 0; w < kWidth<S>; ++w) {
+        step.Average(param.of[w], average.of[w]);
+      }
+      if (v.average) {
+        StoreVector(v.dtype, average, v.average, at, rounding, 1 + kSlots);
+      }
+      if (v.accumulator) {
+        StoreVector(v.dtype, Vector<S>{}, v.accumulator, at, Nearest(), 0);
+      }
+    }
     StoreVector(v.dtype, param, v.param, at, rounding, kSlots);
-    if (v.average) {
-      StoreVector(v.dtype, average, v.average, at, rounding, 1 + kSlots);
-    }
-    if (v.accumulator) {
-      StoreVector(v.dtype, Vector<S>(), v.accumulator, at, Nearest(), 0);
-    }
   }
 }
 

@@ -25,7 +25,7 @@ bool IsValid(const WdopsVariable& v) {
 
 Variable Complete(const WdopsVariable& given) {
   Variable v{given};
-  if (!v.rows && !v.x) v.width = v.n;
+  if (v.IsRun()) v.width = v.n;
   const int width = WidthOf(v.IsDouble());
   v.across = Ceil(v.width, v.IsFactored() ? kTileVectors * width : width);
   const int64_t bytes = kDTypeBytes[v.dtype] * width;
@@ -71,7 +71,7 @@ int wdops_cuda_fill_table(const WdopsVariable* variables, int count,
   for (int i = 0; i < count; ++i) {
     const Variable v = entries[i] = Complete(variables[i]);
     (v.IsDouble() ? table.has_double : table.has_float) = true;
-    (v.IsFactored() ? table.has_factored : table.has_dense) = true;
+    (v.IsRun() ? table.has_runs : table.has_places) = true;
     pieces[i + 1] = pieces[i] + PiecesOf(v);
     chunks[i + 1] = chunks[i] + ChunksOf(v);
   }

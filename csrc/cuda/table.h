@@ -35,13 +35,14 @@ struct Variable : WdopsVariable {
 
   WDOPS_FN bool IsDouble() const { return dtype == k_float64; }
   WDOPS_FN bool IsFactored() const { return x != nullptr; }
+  WDOPS_FN bool IsRun() const { return !rows && !x; }
   WDOPS_FN int64_t Rows() const { return width ? n / width : 0; }
 };
 
 struct alignas(16) Table {
   int count;
   // Which kernels have anything to do.
-  bool has_float, has_double, has_dense, has_factored;
+  bool has_float, has_double, has_runs, has_places;
 
   // Of each variable, then how many in all: the blocks' pieces of a sweep, and
   // the chunks of its sums, which are the tiles of a factored gradient.
