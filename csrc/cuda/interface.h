@@ -57,6 +57,7 @@ WDOPS_CUDA_API int wdops_cuda_fill_table(const WdopsVariable* variables,
 // each of the variables; or once for all if `shared`, which a rule with a trust
 // ratio is not. rule < 0: the gradient's alone (kGradientHypers), for norms.
 enum { WDOPS_SCALED_PROXIMAL = 1, WDOPS_STOCHASTIC = 2 };
+// `count`: of variables, or 1 if they share it.
 WDOPS_CUDA_API int64_t wdops_cuda_steps_bytes(int count);
 WDOPS_CUDA_API int wdops_cuda_fill_steps(int rule, const void* host_table,
                                          const double* hyper, int shared,

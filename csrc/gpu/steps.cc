@@ -4,6 +4,7 @@
 
 #include "gpu/card.h"
 #include "ops/step_ops.h"
+#include "rules/sums.h"
 
 namespace wdops {
 namespace {
@@ -49,8 +50,10 @@ class Tables {
                     const std::vector<WdopsVariable>& variables, int rule,
                     const double* hyper, bool shared, int options) {
     const int count = variables.size();
-    table_bytes_ = wdops_cuda_table_bytes(count);
-    const int64_t bytes = table_bytes_ + wdops_cuda_steps_bytes(count);
+    constexpr int64_t kAlignment = 64;
+    table_bytes_ = Ceil(wdops_cuda_table_bytes(count), kAlignment) * kAlignment;
+    const int64_t bytes =
+        table_bytes_ + wdops_cuda_steps_bytes(shared ? 1 : count);
     TF_RETURN_IF_ERROR(card.AllocatePinned(bytes, &host_));
     TF_RETURN_IF_ERROR(
         Check(wdops_cuda_fill_table(variables.data(), count, host())));
