@@ -9,54 +9,76 @@
 namespace wdops::cuda {
 namespace {
 
-// A thread has a column, and loads so many bytes of its rows before it goes on
-// with the first.
-constexpr int kColumns = kSumColumns, kBytes = 32;
+constexpr int kThreads = 256;
 
+// So many of a thread's rows are loaded before the first is used, and so many
+// blocks share a multiprocessor: that keeps the memory busy.
 template <class T>
-constexpr int kBatch = kBytes / sizeof(T);
+constexpr int kBatch = 32 / sizeof(Compute<T>);
+constexpr int kOutputBlocks = 4, kGradBlocks = 3;
 
-// The column of a thread, in the part of an array that its block has.
+// How the blocks of rules/blocks.h are dealt to those of the card: in strips
+// of so many columns, each of which several threads share. Narrow ones make
+// more blocks; but what is summed up over its columns is one.
+struct Strips {
+  Blocks blocks;
+  int columns, of_block;
+
+  explicit Strips(const Blocks& blocks)
+      : blocks(blocks),
+        columns(blocks.Uniform() ? kSumColumns : 32),
+        of_block(blocks.Uniform() ? 1 : Ceil(blocks.Columns(), columns)) {}
+
+  int64_t Count() const { return blocks.Count() * of_block; }
+};
+
+// A thread's column, of which it has kBatch rows in every round.
+template <class T>
 struct Column {
   int64_t block;  // of Blocks
-  int column;     // of its columns
+  int lane;       // the column, of the strip
+  int group;      // the thread, of those of the column
+  int in_block;   // the column, of the block
   bool inside;
-  int64_t begin, stride, rows;
+  int64_t begin, stride, rows, most_rows;
+  int round;  // rows that are swept at a time
 
-  __device__ explicit Column(const Blocks& blocks, int strips)
-      : block(blockIdx.x / strips),
-        column(blockIdx.x % strips * kColumns + threadIdx.x) {
-    const Rows at = blocks.Uniform() ? Cut(blocks.At(block)) : blocks.At(block);
-    begin = at.begin + column;
+  __device__ explicit Column(const Strips& strips)
+      : block(blockIdx.x / strips.of_block),
+        lane(threadIdx.x % strips.columns),
+        group(threadIdx.x / strips.columns),
+        in_block(blockIdx.x % strips.of_block * strips.columns + lane),
+        round(kThreads / strips.columns * kBatch<T>) {
+    Rows at = strips.blocks.At(block);
+    if (strips.blocks.Uniform()) at = Cut(at);
+    inside = in_block < at.columns;
+    begin = at.begin + in_block;
     stride = at.stride;
-    inside = column < at.columns;
-    rows = column < at.last_columns ? at.rows : inside ? at.rows - 1 : 0;
+    most_rows = at.rows;
+    rows = in_block < at.last_columns ? at.rows : inside ? at.rows - 1 : 0;
+  }
+
+  __device__ void Load(const T* from, int64_t row, T* to) const {
+    for (int b = 0; b < kBatch<T>; ++b) {
+      if (row + b < rows) to[b] = from[begin + (row + b) * stride];
+    }
   }
 };
 
-template <class T>
-__device__ void LoadRows(const T* from, const Column& column, int64_t row,
-                         T* to) {
-  for (int b = 0; b < kBatch<T>; ++b) {
-    if (row + b < column.rows) {
-      to[b] = from[column.begin + (row + b) * column.stride];
-    }
-  }
-}
-
 template <class Activation, class T>
-__global__ void __launch_bounds__(kColumns, 1)
-    ActivateKernel(const Activation activation, const Blocks blocks, int strips,
-                   const T* x, const T* bias, T* output) {
+__global__ void __launch_bounds__(kThreads, kOutputBlocks)
+    ActivateKernel(const Activation activation, const Strips strips, const T* x,
+                   const T* bias, T* output) {
   using S = Compute<T>;
-  const Column column(blocks, strips);
+  const Column<T> column(strips);
   S b = -0.0;  // x - 0 is x, whatever the sign of a zero
   if (bias && column.rows > 0) {
-    b = Load(bias[blocks.ChannelAt(column.begin)]);
+    b = Load(bias[strips.blocks.ChannelAt(column.begin)]);
   }
-  for (int64_t row = 0; row < column.rows; row += kBatch<T>) {
+  for (int64_t row = column.group * kBatch<T>; row < column.rows;
+       row += column.round) {
     T from[kBatch<T>] = {};
-    LoadRows(x, column, row, from);
+    column.Load(x, row, from);
     for (int i = 0; i < kBatch<T>; ++i) {
       if (row + i >= column.rows) break;
       Store(activation.Output(Load(from[i]) + b),
@@ -66,49 +88,73 @@ __global__ void __launch_bounds__(kColumns, 1)
 }
 
 template <class Activation, class T>
-__global__ void __launch_bounds__(kColumns, 1)
-    GradKernel(const Activation activation, const Blocks blocks, int strips,
-               const T* grad, const T* output, T* x_grad, double* sums) {
-  const Column column(blocks, strips);
+__global__ void __launch_bounds__(kThreads, kGradBlocks)
+    GradKernel(const Activation activation, const Strips strips, const T* grad,
+               const T* output, T* x_grad, double* sums) {
+  using S = Compute<T>;
+  // The rows of a round, which the first thread of each column adds up in their
+  // order.
+  __shared__ S of_rows[kThreads * kBatch<T>];
+  const Column<T> column(strips);
   double sum = 0;
-  for (int64_t row = 0; row < column.rows; row += kBatch<T>) {
+  for (int64_t first = 0; first < column.most_rows; first += column.round) {
+    const int own = column.group * kBatch<T>;
+    const int64_t row = first + own;
     T g[kBatch<T>] = {}, y[kBatch<T>] = {};
-    LoadRows(grad, column, row, g);
-    LoadRows(output, column, row, y);
+    column.Load(grad, row, g);
+    column.Load(output, row, y);
     for (int i = 0; i < kBatch<T>; ++i) {
       if (row + i >= column.rows) break;
-      const Compute<T> of_x = activation.Gradient(Load(g[i]), Load(y[i]));
+      const S of_x = activation.Gradient(Load(g[i]), Load(y[i]));
       Store(of_x, &x_grad[column.begin + (row + i) * column.stride]);
-      sum += of_x;
+      of_rows[(own + i) * strips.columns + column.lane] = of_x;
     }
+    if (!sums) continue;
+    __syncthreads();
+    if (column.group == 0) {
+      const int64_t left = column.rows - first;
+      const int n = left < column.round ? left : column.round;
+      for (int i = 0; i < n; ++i) {
+        sum += of_rows[i * strips.columns + column.lane];
+      }
+    }
+    __syncthreads();
   }
   if (!sums) return;
-  sums += blocks.FirstSum(column.block);
-  if (!blocks.Uniform()) {
-    if (column.inside) sums[column.column] = sum;
+  sums += strips.blocks.FirstSum(column.block);
+  const bool adds = column.group == 0;
+  if (!strips.blocks.Uniform()) {
+    if (adds && column.inside) sums[column.in_block] = sum;
     return;
   }
-  __shared__ double of_columns[kColumns];
-  const int t = threadIdx.x;
-  of_columns[t] = sum;
-  for (int half = kColumns / 2; half > 0; half /= 2) {
+  __shared__ double of_columns[kSumColumns];
+  if (adds) of_columns[column.lane] = sum;
+  for (int half = kSumColumns / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (t < half) of_columns[t] += of_columns[t + half];
+    if (adds && column.lane < half) {
+      of_columns[column.lane] += of_columns[column.lane + half];
+    }
   }
-  if (t == 0) *sums = of_columns[0];
+  if (threadIdx.x == 0) *sums = of_columns[0];
 }
 
-// A thread has a channel, and `runs` of `run` sums of it.
+// A thread has a channel, and `runs` of `run` sums of it. They are added one
+// after the other, but many loads are under way at a time.
 template <class T>
-__global__ void __launch_bounds__(kColumns, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     BiasKernel(const double* sums, int64_t channels, int64_t runs, int64_t run,
                T* bias_grad) {
-  const int64_t channel = int64_t{blockIdx.x} * kColumns + threadIdx.x;
+  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (channel >= channels) return;
+  const double* next = sums + channel * run;
+  int64_t left = run;
   double total = 0;
-  for (int64_t r = 0; r < runs; ++r) {
-    const double* const of_run = sums + (r * channels + channel) * run;
-    for (int64_t i = 0; i < run; ++i) total += of_run[i];
+#pragma unroll 32
+  for (int64_t i = 0; i < runs * run; ++i) {
+    total += *next++;
+    if (--left > 0) continue;
+    left = run;
+    next += (channels - 1) * run;
   }
   Store(static_cast<Compute<T>>(total), &bias_grad[channel]);
 }
@@ -118,23 +164,17 @@ Blocks SmallBlocks(int64_t outer, int64_t channels, int64_t inner) {
   return Blocks(outer, channels, inner, 32, 4096);
 }
 
-int Strips(const Blocks& blocks) {
-  return blocks.Uniform() ? 1 : Ceil(blocks.Columns(), kColumns);
-}
-
 template <template <class> class Activation, class T>
 cudaError_t Activate(const double* hyper, int64_t outer, int64_t channels,
                      int64_t inner, const void* x, const void* bias,
                      void* output, cudaStream_t stream) {
   if (outer * channels * inner == 0) return cudaSuccess;
   using Function = Activation<Compute<T>>;
-  const Blocks blocks = bias ? SmallBlocks(outer, channels, inner)
-                             : SmallBlocks(1, 1, outer * channels * inner);
-  const int strips = Strips(blocks);
-  return Launch(&ActivateKernel<Function, T>, blocks.Count() * strips, kColumns,
-                stream, Function(hyper), blocks, strips,
-                static_cast<const T*>(x), static_cast<const T*>(bias),
-                static_cast<T*>(output));
+  const Strips strips(bias ? SmallBlocks(outer, channels, inner)
+                           : SmallBlocks(1, 1, outer * channels * inner));
+  return Launch(&ActivateKernel<Function, T>, strips.Count(), kThreads, stream,
+                Function(hyper), strips, static_cast<const T*>(x),
+                static_cast<const T*>(bias), static_cast<T*>(output));
 }
 
 template <template <class> class Activation, class T>
@@ -147,19 +187,18 @@ cudaError_t ActivateGrad(const double* hyper, int64_t outer, int64_t channels,
   double* const sums = bias_grad ? static_cast<double*>(scratch) : nullptr;
   int64_t runs = 0, run = 1;
   if (n > 0) {
-    const Blocks blocks =
-        bias_grad ? Blocks(outer, channels, inner) : SmallBlocks(1, 1, n);
-    const int strips = Strips(blocks);
-    run = blocks.SumRun();
-    runs = blocks.SumCount() / (channels * run);
-    const cudaError_t error = Launch(
-        &GradKernel<Function, T>, blocks.Count() * strips, kColumns, stream,
-        Function(hyper), blocks, strips, static_cast<const T*>(grad),
-        static_cast<const T*>(output), static_cast<T*>(x_grad), sums);
+    const Strips strips(bias_grad ? Blocks(outer, channels, inner)
+                                  : SmallBlocks(1, 1, n));
+    run = strips.blocks.SumRun();
+    runs = strips.blocks.SumCount() / (channels * run);
+    const cudaError_t error =
+        Launch(&GradKernel<Function, T>, strips.Count(), kThreads, stream,
+               Function(hyper), strips, static_cast<const T*>(grad),
+               static_cast<const T*>(output), static_cast<T*>(x_grad), sums);
     if (error != cudaSuccess) return error;
   }
   if (!bias_grad) return cudaSuccess;
-  return Launch(&BiasKernel<T>, Ceil(channels, kColumns), kColumns, stream,
+  return Launch(&BiasKernel<T>, Ceil(channels, kThreads), kThreads, stream,
                 sums, channels, runs, run, static_cast<T*>(bias_grad));
 }
 

@@ -33,10 +33,12 @@ typedef struct {
   void* accumulator;
   void* average;
   // Sparse rows: grad is [n / width, width], and its row r belongs to row
-  // rows[r] of all other arrays; no row may occur twice. Null: all of it.
+  // rows[r] of all other arrays; no row may occur twice. These rows alone are
+  // stepped, and are what norms, penalties and a trust ratio are of. Null: all.
   const int64_t* rows;
   // Factored gradient: x^T dz with x [batch, n / width] and dz [batch, width],
-  // of `dtype`, in the place of grad, which is null.
+  // of `dtype`, in the place of grad, which is null. So may these be, if batch
+  // is 0.
   const void* x;
   const void* dz;
   int64_t batch;
@@ -45,7 +47,8 @@ typedef struct {
 
 // ---- tables, filled on the host
 
-// What does not change while the arrays stay where they are.
+// All tables are aligned to 16 bytes, here and on the card. This holds what
+// does not change while the arrays stay where they are.
 WDOPS_CUDA_API int64_t wdops_cuda_table_bytes(int count);
 // Refuses (cudaErrorInvalidValue) a layout that is not one of layouts.inc, and
 // rows beside factors.
@@ -83,7 +86,8 @@ WDOPS_CUDA_API int wdops_cuda_apply(int rule, const void* host_table,
 
 // Of every variable the norm of its gradient with accumulator and, where there
 // is a param, penalty; the penalty, 0 where there is no param; and whether all
-// gradients are finite, one bool. As the op Wdops>Norms.
+// gradients are finite, one bool. As the op Wdops>Norms, to the last bit but
+// for factored gradients, which are added up in tiles of another shape.
 WDOPS_CUDA_API int wdops_cuda_norms(const void* host_table, const void* table,
                                     const void* steps, const double* grad_scale,
                                     int grad_scales, double* norm,

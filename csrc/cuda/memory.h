@@ -36,30 +36,62 @@ struct Place {
   bool whole;
 };
 
+template <class Bits, class S>
+__device__ void LoadBits(const void* from, const Place& place, Raw<S>* raw) {
+  using All = Words<kWidth<S> * sizeof(Bits)>;
+  const Bits* const first = static_cast<const Bits*>(from) + place.at;
+  if (place.whole) {
+    const All words = *reinterpret_cast<const All*>(first);
+    memcpy(raw->word, &words, sizeof words);
+  } else {
+    Bits bits[kWidth<S>] = {};
+    for (int w = 0; w < kWidth<S>; ++w) {
+      if (w < place.count) bits[w] = first[w];
+    }
+    memcpy(raw->word, bits, sizeof bits);
+  }
+}
+
+template <class Bits, class S>
+__device__ void StoreBits(const Raw<S>& raw, void* to, const Place& place) {
+  using All = Words<kWidth<S> * sizeof(Bits)>;
+  Bits* const first = static_cast<Bits*>(to) + place.at;
+  if (place.whole) {
+    All words;
+    memcpy(&words, raw.word, sizeof words);
+    *reinterpret_cast<All*>(first) = words;
+  } else {
+    Bits bits[kWidth<S>];
+    memcpy(bits, raw.word, sizeof bits);
+    for (int w = 0; w < kWidth<S>; ++w) {
+      if (w < place.count) first[w] = bits[w];
+    }
+  }
+}
+
 template <class S>
-__device__ Raw<S> LoadRaw(int dtype, const void* from, const Place& place) {
+using BitsOf = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
+
+// `bytes`: of a number.
+template <class S>
+__device__ Raw<S> LoadRaw(int bytes, const void* from, const Place& place) {
   Raw<S> raw = {};
-  switch (dtype) {
-#define DTYPE(name, Type)                                                  \
-  case k_##name:                                                           \
-    if constexpr (kIsComputedIn<Type, S>) {                                \
-      constexpr int kBytes = kWidth<S> * sizeof(Type);                     \
-      const Type* first = static_cast<const Type*>(from) + place.at;       \
-      if (place.whole) {                                                   \
-        const auto words = *reinterpret_cast<const Words<kBytes>*>(first); \
-        for (int w = 0; w < kBytes / 4; ++w) raw.word[w] = words.of[w];    \
-      } else {                                                             \
-        Type numbers[kWidth<S>] = {};                                      \
-        for (int w = 0; w < kWidth<S>; ++w) {                              \
-          if (w < place.count) numbers[w] = first[w];                      \
-        }                                                                  \
-        memcpy(raw.word, numbers, sizeof numbers);                         \
-      }                                                                    \
-    }                                                                      \
-    break;
-#include "rules/dtypes.inc"
+  if (bytes == sizeof(S)) {
+    LoadBits<BitsOf<S>>(from, place, &raw);
+  } else if constexpr (std::is_same_v<S, float>) {
+    LoadBits<uint16_t>(from, place, &raw);
   }
   return raw;
+}
+
+template <class S>
+__device__ void StoreRaw(int bytes, const Raw<S>& raw, void* to,
+                         const Place& place) {
+  if (bytes == sizeof(S)) {
+    StoreBits<BitsOf<S>>(raw, to, place);
+  } else if constexpr (std::is_same_v<S, float>) {
+    StoreBits<uint16_t>(raw, to, place);
+  }
 }
 
 template <class S>
@@ -81,19 +113,13 @@ __device__ Vector<S> Convert(int dtype, const Raw<S>& raw) {
   return vector;
 }
 
-// Stores number `w` of a vector that is tensor k of a step.
-struct Nearest {
-  template <class S, class T>
-  __device__ void Round(S value, T* to, int, int) const {
-    Store(value, to);
-  }
-};
-
+// How the numbers of a vector are rounded where they are stored.
 template <class S>
 struct Rounding {
   bool stochastic;
   uint32_t bits[kWidth<S>];
 
+  // Stores number `w`, of tensor k of a step.
   template <class T>
   __device__ void Round(S value, T* to, int w, int k) const {
     if constexpr (std::is_same_v<T, bfloat16>) {
@@ -105,33 +131,24 @@ struct Rounding {
   }
 };
 
-template <class S, class Rounding>
-__device__ void StoreVector(int dtype, const Vector<S>& vector, void* to,
-                            const Place& place, const Rounding& rounding,
-                            int k) {
+template <class S>
+__device__ Raw<S> Convert(int dtype, const Vector<S>& vector,
+                          const Rounding<S>& rounding, int k) {
+  Raw<S> raw = {};
   switch (dtype) {
-#define DTYPE(name, Type)                                 \
-  case k_##name:                                          \
-    if constexpr (kIsComputedIn<Type, S>) {               \
-      constexpr int kBytes = kWidth<S> * sizeof(Type);    \
-      Type numbers[kWidth<S>];                            \
-      for (int w = 0; w < kWidth<S>; ++w) {               \
-        rounding.Round(vector.of[w], &numbers[w], w, k);  \
-      }                                                   \
-      Type* first = static_cast<Type*>(to) + place.at;    \
-      if (place.whole) {                                  \
-        Words<kBytes> words;                              \
-        memcpy(&words, numbers, sizeof words);            \
-        *reinterpret_cast<Words<kBytes>*>(first) = words; \
-      } else {                                            \
-        for (int w = 0; w < kWidth<S>; ++w) {             \
-          if (w < place.count) first[w] = numbers[w];     \
-        }                                                 \
-      }                                                   \
-    }                                                     \
+#define DTYPE(name, Type)                                \
+  case k_##name:                                         \
+    if constexpr (kIsComputedIn<Type, S>) {              \
+      Type numbers[kWidth<S>];                           \
+      for (int w = 0; w < kWidth<S>; ++w) {              \
+        rounding.Round(vector.of[w], &numbers[w], w, k); \
+      }                                                  \
+      memcpy(raw.word, numbers, sizeof numbers);         \
+    }                                                    \
     break;
 #include "rules/dtypes.inc"
   }
+  return raw;
 }
 
 }  // namespace wdops::cuda

@@ -7,8 +7,10 @@
 
 namespace wdops::cuda {
 
-// Numbers of a lane that are loaded before the first of them is added.
-inline constexpr int kBatch = 8;
+// Numbers of a lane that are loaded before the first of them is added: so few
+// threads keep a card's memory busy with nothing less.
+template <class S>
+inline constexpr int kBatch = 64 / sizeof(S);
 
 // Where they are: in a run of memory, or anywhere, or, if negative, nowhere.
 struct Run {
@@ -19,8 +21,9 @@ struct Run {
   __device__ int64_t At(int b) const { return begin + b * kLanes; }
 };
 
+template <class S>
 struct Places {
-  int64_t at[kBatch];
+  int64_t at[kBatch<S>];
 
   __device__ bool Has(int b) const { return at[b] >= 0; }
   __device__ int64_t At(int b) const { return at[b]; }
@@ -34,13 +37,13 @@ __device__ void LoadBatch(int dtype, const void* from, const Batch& batch,
 #define DTYPE(name, Type)                                           \
   case k_##name:                                                    \
     if constexpr (kIsComputedIn<Type, S>) {                         \
-      Type numbers[kBatch] = {};                                    \
-      for (int b = 0; b < kBatch; ++b) {                            \
+      Type numbers[kBatch<S>] = {};                                 \
+      for (int b = 0; b < kBatch<S>; ++b) {                         \
         if (batch.Has(b)) {                                         \
           numbers[b] = static_cast<const Type*>(from)[batch.At(b)]; \
         }                                                           \
       }                                                             \
-      for (int b = 0; b < kBatch; ++b) to[b] = Load(numbers[b]);    \
+      for (int b = 0; b < kBatch<S>; ++b) to[b] = Load(numbers[b]); \
     }                                                               \
     break;
 #include "rules/dtypes.inc"
@@ -61,17 +64,22 @@ class GradientTerms {
   template <class Batch>
   __device__ void Add(const Variable& v, const Batch& batch, const S* grad,
                       Sums* sums) const {
-    S accumulator[kBatch] = {}, param[kBatch] = {};
+    S accumulator[kBatch<S>] = {}, param[kBatch<S>] = {};
     if (v.accumulator) LoadBatch(v.dtype, v.accumulator, batch, accumulator);
-    if (v.param) LoadBatch(v.dtype, v.param, batch, param);
-    for (int b = 0; b < kBatch; ++b) {
+    if (v.param) {
+      LoadBatch(v.dtype, v.param, batch, param);
+      for (int b = 0; b < kBatch<S>; ++b) {
+        const double p = param[b];
+        sums->b += Abs(p);
+        sums->c += p * p;
+      }
+    }
+    for (int b = 0; b < kBatch<S>; ++b) {
       S total = v.accumulator ? gradient_.Mean(grad[b], accumulator[b])
                               : gradient_.Scaled(grad[b]);
       if (v.param) total = total + gradient_.Penalty(param[b]);
-      const double g = total, p = param[b];
+      const double g = total;
       sums->a += g * g;
-      sums->b += Abs(p);
-      sums->c += p * p;
       if constexpr (std::is_same_v<S, double>) sums->d += g - g;
     }
   }
@@ -90,9 +98,9 @@ struct PenaltyTerms {
   template <class Batch>
   __device__ void Add(const Variable& v, const Batch& batch, const S*,
                       Sums* sums) const {
-    S param[kBatch];
+    S param[kBatch<S>];
     LoadBatch(v.dtype, v.param, batch, param);
-    for (int b = 0; b < kBatch; ++b) {
+    for (int b = 0; b < kBatch<S>; ++b) {
       const double p = param[b];
       sums->a += Abs(p);
       sums->b += p * p;
@@ -114,13 +122,15 @@ class TrustTerms {
   __device__ void Add(const Variable& v, const Batch& batch, const S* grad,
                       Sums* sums) const {
     constexpr int kSlots = Step<Rule, S>::kSlots;
-    S param[kBatch], accumulator[kBatch] = {}, slot[kSlots][kBatch];
+    S param[kBatch<S>], accumulator[kBatch<S>] = {}, slot[kSlots][kBatch<S>];
     LoadBatch(v.dtype, v.param, batch, param);
+#pragma unroll
     for (int k = 0; k < kSlots; ++k) {
       LoadBatch(v.slot_dtype, v.slot[k], batch, slot[k]);
     }
     if (v.accumulator) LoadBatch(v.dtype, v.accumulator, batch, accumulator);
-    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+    for (int b = 0; b < kBatch<S>; ++b) {
       if (!batch.Has(b)) continue;  // 0 / 0, where epsilon is 0
       S s[kSlots];
       for (int k = 0; k < kSlots; ++k) s[k] = slot[k][b];
@@ -195,9 +205,9 @@ __global__ void __launch_bounds__(kLanes, 1)
   const int64_t begin = chunk.index * kChunk;
   const int n = v.n - begin < kChunk ? v.n - begin : kChunk;
   Sums sums;
-  for (int i = threadIdx.x; i < n; i += kBatch * kLanes) {
+  for (int i = threadIdx.x; i < n; i += kBatch<S> * kLanes) {
     const Run run{begin + i, (n - i + kLanes - 1) / kLanes};
-    S grad[kBatch];
+    S grad[kBatch<S>];
     if (Terms::kOfGradient) LoadBatch(v.dtype, v.grad, run, grad);
     terms.Add(v, run, grad, &sums);
   }
@@ -222,10 +232,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   Sums sums;
   if (threadIdx.x < kLanes) {
     const Terms terms(steps, scales, chunk.variable);
-    for (int i = threadIdx.x; i < n; i += kBatch * kLanes) {
-      Places grad_places, places;
-      S grad[kBatch];
-      for (int b = 0; b < kBatch; ++b) {
+    for (int i = threadIdx.x; i < n; i += kBatch<S> * kLanes) {
+      Places<S> grad_places, places;
+      S grad[kBatch<S>];
+      for (int b = 0; b < kBatch<S>; ++b) {
         const int e = i + b * kLanes;
         int64_t& at = places.at[b] = -1;
         if (v.IsFactored()) {

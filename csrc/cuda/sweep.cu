@@ -28,31 +28,51 @@ __device__ bool FindPlace(const Variable& v, int64_t piece, int lane,
   if (column >= v.width) return false;
   const int64_t left = v.width - column;
   const int count = left < kWidth<S> ? left : kWidth<S>;
-  *grad = {row * v.width + column, count, v.aligned && count == kWidth<S>};
+  *grad = {row * v.width + column, count,
+           static_cast<bool>(v.aligned & (count == kWidth<S>))};
   *place = *grad;
   if (v.rows) place->at = v.rows[row] * v.width + column;
   return true;
 }
 
+// Copies whole words, each of which a thread moves.
+template <int kBytes>
+__device__ void Copy(const void* from, void* to) {
+  constexpr int kWords = kBytes / sizeof(uint32_t);
+  static_assert(kBytes % sizeof(uint32_t) == 0 && kWords <= kThreads);
+  const int w = threadIdx.x;
+  if (w >= kWords) return;
+  static_cast<uint32_t*>(to)[w] = static_cast<const uint32_t*>(from)[w];
+}
+
+// What the registers of a multiprocessor must do for: with as many threads, and
+// their loads under way, its share of the memory is busy.
+template <class S>
+constexpr int kBlocks = std::is_same_v<S, double> ? 3 : 4;
+
+// The variable and the constants lie in shared memory, and all else is reached
+// by pointers of which the compiler does not know that they are not: so it
+// reads them where they are used, and keeps no registers for them.
 template <template <class> class Rule, class S>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
     SweepKernel(const Table* table, const Steps* steps, const Scales scales) {
   constexpr int kSlots = Step<Rule, S>::kSlots;
   constexpr bool kRate = kHasRate<Rule<S>, S>;
   constexpr bool kDouble = std::is_same_v<S, double>;
   __shared__ Variable v;
   __shared__ AnyStep any_step;
-  __shared__ int64_t piece;
-  if (threadIdx.x == 0) {
-    const int variable = Find(table->FirstPiece(), table->count, blockIdx.x);
-    v = table->Variables()[variable];
-    piece = blockIdx.x - table->FirstPiece()[variable];
-    new (any_step.bytes) Step<Rule, S>(
-        scales.StepOf<Rule, S>(*steps->Of(variable, kDouble), variable));
-  }
+  const int variable = Find(table->FirstPiece(), table->count, blockIdx.x);
+  const int64_t piece = blockIdx.x - table->FirstPiece()[variable];
+  const OneStep& one = *steps->Of(variable, kDouble);
+  Copy<sizeof v>(&table->Variables()[variable], &v);
+  Copy<sizeof(Step<Rule, S>)>(one.step.bytes, any_step.bytes);
   __syncthreads();
   if (v.IsDouble() != kDouble) return;
-  const auto& step = *reinterpret_cast<const Step<Rule, S>*>(any_step.bytes);
+  auto& step = *reinterpret_cast<Step<Rule, S>*>(any_step.bytes);
+  if (scales.grad || scales.clip) {
+    if (threadIdx.x == 0) scales.Scale(one, variable, &step);
+    __syncthreads();
+  }
   const bool scaled = kRate && step.options.scaled_proximal;
   const bool full = scaled || v.accumulator || v.average;
   const S* const tile = v.IsFactored() ? FormTile<S>(v, piece) : nullptr;
@@ -63,13 +83,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 4 : 3)
     Place at_grad, at;
     if (!FindPlace<S>(v, piece, lane, &at_grad, &at)) return;
     Raw<S> raw_grad, raw_slot[kSlots + 1], raw_accumulator = {};
-    const Raw<S> raw_param = LoadRaw<S>(v.dtype, v.param, at);
-    if (!v.IsFactored()) raw_grad = LoadRaw<S>(v.dtype, v.grad, at_grad);
+    const Raw<S> raw_param = LoadRaw<S>(v.bytes, v.param, at);
+    if (!v.IsFactored()) raw_grad = LoadRaw<S>(v.bytes, v.grad, at_grad);
     for (int k = 0; k < kSlots; ++k) {
-      raw_slot[k] = LoadRaw<S>(v.slot_dtype, v.slot[k], at);
+      raw_slot[k] = LoadRaw<S>(v.slot_bytes, v.slot[k], at);
     }
     if (v.accumulator) {
-      raw_accumulator = LoadRaw<S>(v.dtype, v.accumulator, at);
+      raw_accumulator = LoadRaw<S>(v.bytes, v.accumulator, at);
     }
 
     Vector<S> param = Convert<S>(v.dtype, raw_param), total, slot[kSlots + 1];
@@ -112,24 +132,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 4 ? 4 : 3)
       }
     }
     for (int k = 0; k < kSlots; ++k) {
-      StoreVector(v.slot_dtype, slot[k], v.slot[k], at, rounding, k);
+      const auto raw = Convert(v.slot_dtype, slot[k], rounding, k);
+      StoreRaw(v.slot_bytes, raw, v.slot[k], at);
     }
     if (full) {
       Vector<S> average = {};
       if (v.average) {
-        average = Convert<S>(v.dtype, LoadRaw<S>(v.dtype, v.average, at));
+        average = Convert<S>(v.dtype, LoadRaw<S>(v.bytes, v.average, at));
       }
       for (int w = 0; w < kWidth<S>; ++w) {
         step.Average(param.of[w], average.of[w]);
       }
       if (v.average) {
-        StoreVector(v.dtype, average, v.average, at, rounding, 1 + kSlots);
+        const auto raw = Convert(v.dtype, average, rounding, 1 + kSlots);
+        StoreRaw(v.bytes, raw, v.average, at);
       }
       if (v.accumulator) {
-        StoreVector(v.dtype, Vector<S>{}, v.accumulator, at, Nearest(), 0);
+        StoreRaw(v.bytes, Raw<S>{}, v.accumulator, at);  // 0 in every type
       }
     }
-    StoreVector(v.dtype, param, v.param, at, rounding, kSlots);
+    const auto raw = Convert(v.dtype, param, rounding, kSlots);
+    StoreRaw(v.bytes, raw, v.param, at);
   }
 }
 

@@ -17,10 +17,12 @@ bool IsValid(const WdopsVariable& v) {
                             static_cast<DType>(v.slot_dtype)) == kLayoutCount) {
     return false;
   }
-  if (!v.x != !v.dz || (v.x && (v.rows || v.grad || v.batch < 0))) return false;
+  if ((v.grad || v.rows) && (v.x || v.dz)) return false;
   if (v.n == 0) return true;
-  if (!v.x && !v.grad) return false;
-  return !(v.rows || v.x) || (v.width > 0 && v.n % v.width == 0);
+  const bool factored =
+      !v.grad && !v.rows && v.batch >= 0 && (v.batch == 0 || (v.x && v.dz));
+  if (!v.grad && !factored) return false;
+  return !(v.rows || factored) || (v.width > 0 && v.n % v.width == 0);
 }
 
 Variable Complete(const WdopsVariable& given) {
@@ -28,12 +30,14 @@ Variable Complete(const WdopsVariable& given) {
   if (v.IsRun()) v.width = v.n;
   const int width = WidthOf(v.IsDouble());
   v.across = Ceil(v.width, v.IsFactored() ? kTileVectors * width : width);
-  const int64_t bytes = kDTypeBytes[v.dtype] * width;
+  v.bytes = kDTypeBytes[v.dtype];
+  v.slot_bytes = kDTypeBytes[v.slot_dtype];
   v.aligned = v.width % width == 0 || (v.width == v.n && !v.rows);
   const void* const arrays[] = {v.param, v.grad, v.accumulator, v.average};
-  for (const void* array : arrays) v.aligned &= IsMultiple(array, bytes);
+  for (const void* array : arrays)
+    v.aligned &= IsMultiple(array, v.bytes * width);
   for (const void* slot : v.slot) {
-    v.aligned &= IsMultiple(slot, kDTypeBytes[v.slot_dtype] * width);
+    v.aligned &= IsMultiple(slot, v.slot_bytes * width);
   }
   return v;
 }
@@ -70,8 +74,10 @@ int wdops_cuda_fill_table(const WdopsVariable* variables, int count,
   pieces[0] = chunks[0] = 0;
   for (int i = 0; i < count; ++i) {
     const Variable v = entries[i] = Complete(variables[i]);
-    (v.IsDouble() ? table.has_double : table.has_float) = true;
-    (v.IsRun() ? table.has_runs : table.has_places) = true;
+    if (v.n > 0) {
+      (v.IsDouble() ? table.has_double : table.has_float) = true;
+      (v.IsRun() ? table.has_runs : table.has_places) = true;
+    }
     pieces[i + 1] = pieces[i] + PiecesOf(v);
     chunks[i + 1] = chunks[i] + ChunksOf(v);
   }

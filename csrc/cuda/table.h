@@ -28,14 +28,15 @@ inline int WidthOf(bool is_double) {
 // `width` is that of the rows that the arrays are swept in: all is one row
 // where there are neither rows nor factors.
 struct Variable : WdopsVariable {
+  int bytes, slot_bytes;  // of a number
   // Vectors that hold a row, or tiles that do.
   int64_t across;
   // Whether every vector may be moved at once.
   bool aligned;
 
   WDOPS_FN bool IsDouble() const { return dtype == k_float64; }
-  WDOPS_FN bool IsFactored() const { return x != nullptr; }
-  WDOPS_FN bool IsRun() const { return !rows && !x; }
+  WDOPS_FN bool IsFactored() const { return !grad; }
+  WDOPS_FN bool IsRun() const { return !rows && grad; }
   WDOPS_FN int64_t Rows() const { return width ? n / width : 0; }
 };
 
@@ -93,9 +94,9 @@ struct alignas(16) Steps {
 // Scales on the card; null: 1.
 struct Scales {
   const double* grad;
-  bool grad_of_each;  // whether there is one for each variable, not for all
+  int grad_stride;  // 1 where there is one for each variable, 0 for all
   const double* clip = nullptr;
-  bool clip_of_each = false;
+  int clip_stride = 0;
 
   // What a step of any rule begins with.
   template <class S>
@@ -103,18 +104,24 @@ struct Scales {
     if (!grad) return *reinterpret_cast<const Gradient<S>*>(one.step.bytes);
     double hyper[kGradientHyperCount];
     for (int j = 0; j < kGradientHyperCount; ++j) hyper[j] = one.gradient[j];
-    hyper[kGradScale] *= grad[grad_of_each ? variable : 0];
+    hyper[kGradScale] *= grad[variable * grad_stride];
     return Gradient<S>(hyper);
   }
 
+  // `step` is `one` as it was filled.
+  template <template <class> class Rule, class S>
+  WDOPS_FN void Scale(const OneStep& one, int variable,
+                      Step<Rule, S>* step) const {
+    static_cast<Gradient<S>&>(*step) = GradientOf<S>(one, variable);
+    if (clip) {
+      step->clip_scale =
+          static_cast<S>(one.clip_scale * clip[variable * clip_stride]);
+    }
+  }
   template <template <class> class Rule, class S>
   WDOPS_FN Step<Rule, S> StepOf(const OneStep& one, int variable) const {
     auto step = *reinterpret_cast<const Step<Rule, S>*>(one.step.bytes);
-    static_cast<Gradient<S>&>(step) = GradientOf<S>(one, variable);
-    if (clip) {
-      step.clip_scale =
-          static_cast<S>(one.clip_scale * clip[clip_of_each ? variable : 0]);
-    }
+    Scale(one, variable, &step);
     return step;
   }
 };

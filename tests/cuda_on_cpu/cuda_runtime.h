@@ -1,6 +1,8 @@
 // A stand-in for the runtime of CUDA, so that g++ compiles csrc/cuda and a CPU
 // runs it: blocks one after the other, the threads of a block as fibers that
-// take turns at __syncthreads. A stream does all at once.
+// take turns at __syncthreads. A stream does all at once. In every other block
+// the turns go backwards, so that a thread that reads what another has not yet
+// written, or writes what another has not yet read, is found.
 #pragma once
 
 #include <setjmp.h>
@@ -59,6 +61,10 @@ inline dim3 blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
+// _longjmp by its name: the checked one, which some systems put in its place,
+// refuses to go to another stack.
+extern "C" [[noreturn]] void Jump(jmp_buf, int) __asm__("_longjmp");
+
 // The threads of a block, each on a stack of its own, which all blocks share.
 // A jump is many times as fast as swapcontext, which asks the system.
 class Block {
@@ -67,7 +73,9 @@ class Block {
     body_ = &body;
     while (fibers_.size() < threads) Add();
     std::vector<unsigned> waiting(threads), next;
-    for (unsigned t = 0; t < threads; ++t) waiting[t] = t;
+    for (unsigned t = 0; t < threads; ++t) {
+      waiting[t] = blockIdx.x % 2 ? threads - 1 - t : t;
+    }
     while (!waiting.empty()) {
       next.clear();
       for (unsigned t : waiting) {
@@ -83,7 +91,7 @@ class Block {
   void Synchronize() {
     Fiber* const self = current_;
     self->done = false;
-    if (!_setjmp(self->inside)) _longjmp(outside_, 1);
+    if (!_setjmp(self->inside)) Jump(outside_, 1);
   }
 
  private:
@@ -108,7 +116,7 @@ class Block {
   // Whether the thread has returned.
   bool Resume() {
     if (!_setjmp(outside_)) {
-      if (current_->begun) _longjmp(current_->inside, 1);
+      if (current_->begun) Jump(current_->inside, 1);
       current_->begun = true;
       setcontext(&current_->begin);
     }
@@ -130,7 +138,7 @@ inline void Block::Begin() {
     (*block.body_)();
     Fiber* const self = block.current_;
     self->done = true;
-    if (!_setjmp(self->inside)) _longjmp(block.outside_, 1);
+    if (!_setjmp(self->inside)) Jump(block.outside_, 1);
   }
 }
 
