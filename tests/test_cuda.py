@@ -1,6 +1,7 @@
 """The kernels of csrc/cuda, compiled by g++ against tests/cuda_on_cpu, have the bits of the CPU's."""
 
 import ctypes
+import mmap
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -163,6 +164,21 @@ def misaligned(array):
     return copy
 
 
+def guarded(array):
+    """A copy behind which there is no memory to read or to write."""
+    size = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
+    behind = ctypes.c_void_p(pages.ctypes.data + size)
+    assert not ctypes.CDLL(None).mprotect(behind, ctypes.c_size_t(mmap.PAGESIZE), 0)
+    copy = pages[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+# In turns: most where vectors can be moved at once, some where they cannot.
+COPIES = [np.copy, guarded, misaligned]
+
+
 def assert_same_bits(got, want, name):
     assert got.dtype == want.dtype and got.shape == want.shape, name
     bits = f"u{got.itemsize}"
@@ -226,8 +242,7 @@ def test_step(library, rule, layout):
             every_hyper(rule, {**TERMS, "lr": 0.1 + i / 64, "ema_momentum": 0.75, "seed": i + 5})
             for i in range(len(cases))
         ]
-        # Every third is where no vector can be moved at once.
-        stepped = [copy_of(case, misaligned if i % 3 == 2 else np.copy) for i, case in enumerate(cases)]
+        stepped = [copy_of(case, COPIES[i % 3]) for i, case in enumerate(cases)]
         call = Call(library, [variable_of(**case) for case in stepped])
         assert call.fill_steps(rule, hypers, options) == 0
         assert call.apply() == 0
@@ -284,7 +299,7 @@ def test_norms(library, dtype, has_param, accumulated, terms):
             del case["param"]
         if not accumulated:
             del case["accumulator"]
-        cases[i] = copy_of(case, misaligned if i % 3 == 2 else np.copy)
+        cases[i] = copy_of(case, COPIES[i % 3])
     call = Call(library, [variable_of(**case) for case in cases])
     assert call.fill_steps(None, hypers) == 0
     norm, penalty, finite = call.norms(grad_scale=0.9)
@@ -341,7 +356,7 @@ def test_sparse_rows(library, rule, layout, width):
             return array.reshape(50, width)[rows].reshape(-1)
 
         few = copy_of(whole, of_rows)
-        stepped = copy_of(whole, misaligned if count == 1 else np.copy) | {"grad": few["grad"].copy()}
+        stepped = copy_of(whole, misaligned if count == 1 else guarded) | {"grad": guarded(few["grad"])}
         call = Call(library, [variable_of(**stepped, rows=rows, width=width)])
         assert call.fill_steps(rule, [hyper, hyper][: 1 + RULES[rule][1]["trust"]]) == 0
         norm, penalty, _ = call.norms()
@@ -378,7 +393,8 @@ def test_factored_gradients(library, rule, layout):
     for seed, (batch, height, width) in enumerate(FACTORED_SHAPES):
         x, dz = (random_case("sgd", layout[0], batch * n, seed + n)[0].reshape(batch, n) for n in (height, width))
         (case,) = cases_of(rule, layout, [height * width], ["accumulator", "average"] if seed % 2 else [])
-        stepped = copy_of(case) | {"n": height * width, "x": x, "dz": dz, "batch": batch, "width": width}
+        stepped = copy_of(case, guarded) | {"n": height * width, "batch": batch, "width": width}
+        stepped |= {"x": guarded(x), "dz": guarded(dz)}
         del stepped["grad"]
         if batch == 0:
             del stepped["x"], stepped["dz"]
@@ -421,6 +437,7 @@ def test_clip_scale(library, norms):
 ACTIVATED_SHAPES = [
     *((1, n, 1) for n in (1, 7, 8, 9, 63, 64, 65)),
     (259, 3, 1),
+    (256 * 171 + 1, 3, 1),  # a block with one row, which is not full
     (70001, 1, 1),
     (5, 1027, 1),
     (515, 1100, 1),
@@ -450,10 +467,14 @@ def test_activations(library, activation, dtype, biased):
         head = number, DTYPE_NUMBERS[dtype], ctypes.c_void_p(pointer(hyper))
         sizes = [ctypes.c_int64(size) for size in shape]
 
-        output, x_grad = x.copy(), grad.copy()  # in place
+        given, output, x_grad = guarded(x), guarded(x), guarded(grad)
         bias_grad = np.full(shape[1], 7, DTYPES[dtype]) if biased else None
-        arrays = [ctypes.c_void_p(pointer(a)) for a in (x, bias, output, None)]
+        arrays = [ctypes.c_void_p(pointer(a)) for a in (given, bias, output, None)]
         assert library.wdops_cuda_activate(*head, *sizes, *arrays) == 0
+        in_place = guarded(x)
+        arrays = [ctypes.c_void_p(pointer(a)) for a in (in_place, bias, in_place, None)]
+        assert library.wdops_cuda_activate(*head, *sizes, *arrays) == 0
+        assert_same_bits(in_place, output, f"output in place of {shape}")
         # A channel's sum is then that of finite numbers.
         if n:
             grad[[0, -1]] = x_grad[[0, -1]] = 0

@@ -48,7 +48,7 @@ __device__ void Copy(const void* from, void* to) {
 // What the registers of a multiprocessor must do for: with as many threads, and
 // their loads under way, its share of the memory is busy.
 template <class S>
-constexpr int kBlocks = std::is_same_v<S, double> ? 3 : 4;
+constexpr int kBlocks = std::is_same_v<S, double> ? 2 : 4;
 
 // The variable and the constants lie in shared memory, and all else is reached
 // by pointers of which the compiler does not know that they are not: so it
