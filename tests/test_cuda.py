@@ -80,6 +80,10 @@ def doubles(values):
     return None if values is None else np.asarray(values, np.float64).reshape(-1)
 
 
+def scale_arguments(scale):
+    return ctypes.c_void_p(pointer(scale)), scale is not None and scale.size > 1
+
+
 def variable_of(*, param=None, grad=None, slots=(), dtype=None, **more):
     """A WdopsVariable of arrays; `more` are its other fields."""
     dtype = str((grad if param is None else param).dtype) if dtype is None else dtype
@@ -124,8 +128,8 @@ class Call:
         penalty = np.full(self.count, np.nan) if report_penalty else None
         error = self.library.wdops_cuda_apply(
             self.rule,
-            *(ctypes.c_void_p(pointer(x)) for x in (self.table, self.table, self.steps, grad_scale, clip_scale)),
-            clip_scale is not None and clip_scale.size > 1,
+            *(ctypes.c_void_p(pointer(x)) for x in (self.table, self.table, self.steps)),
+            *(argument for scale in (grad_scale, clip_scale) for argument in scale_arguments(scale)),
             *(ctypes.c_void_p(pointer(x)) for x in (penalty, self.scratch, None)),
         )
         return penalty if report_penalty else error
@@ -133,8 +137,13 @@ class Call:
     def norms(self, grad_scale=None):
         norm, penalty = np.full((2, self.count), np.nan)
         finite = np.full(1, 7, np.uint8)
-        arrays = (self.table, self.table, self.steps, doubles(grad_scale), norm, penalty, finite, self.scratch, None)
-        assert not self.library.wdops_cuda_norms(*(ctypes.c_void_p(pointer(x)) for x in arrays))
+        grad_scale = doubles(grad_scale)
+        error = self.library.wdops_cuda_norms(
+            *(ctypes.c_void_p(pointer(x)) for x in (self.table, self.table, self.steps)),
+            *scale_arguments(grad_scale),
+            *(ctypes.c_void_p(pointer(x)) for x in (norm, penalty, finite, self.scratch, None)),
+        )
+        assert not error
         return norm, penalty, finite[0]
 
 

@@ -36,6 +36,8 @@ Sums AddUp(int64_t n, const Term& term) {
 
 // Of a variable, from those of its chunks.
 inline Sums AddUp(const Sums* of_chunks, int64_t chunks) {
+  // Most variables of a model have one, which is its own sum.
+  if (chunks == 1) return *of_chunks;
   return AddUp(chunks, [&](int64_t c) {
     const Sums& sums = of_chunks[c];
     return std::array{sums.a, sums.b, sums.c, sums.d};

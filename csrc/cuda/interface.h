@@ -62,6 +62,7 @@ WDOPS_CUDA_API int wdops_cuda_fill_table(const WdopsVariable* variables,
 // `count` of wdops_cuda_steps_bytes is that of the table, or 1 if `shared`: so
 // little is to be copied in each step.
 enum { WDOPS_SCALED_PROXIMAL = 1, WDOPS_STOCHASTIC = 2 };
+// `count`: of variables, or 1 if they share it.
 WDOPS_CUDA_API int64_t wdops_cuda_steps_bytes(int count);
 WDOPS_CUDA_API int wdops_cuda_fill_steps(int rule, const void* host_table,
                                          const double* hyper, int shared,
@@ -74,13 +75,13 @@ WDOPS_CUDA_API int64_t wdops_cuda_scratch_bytes(const void* host_table);
 
 // Steps every variable in place. `table` and `steps` are copies on the card of
 // what the functions above filled; `steps` is written where the rule has a
-// trust ratio. grad_scale (one number) and clip_scale (one, or one for each
-// variable if `clip_scales`) may be null; else they multiply those of the
-// hyperparameters. penalty: one number for each variable, of the parameters as
-// they are behind the step; or null.
+// trust ratio. grad_scale and clip_scale (one number each, or one for each
+// variable if `grad_scales` or `clip_scales`) may be null; else they multiply
+// those of the hyperparameters. penalty: one number for each variable, of the
+// parameters as they are behind the step; or null.
 WDOPS_CUDA_API int wdops_cuda_apply(int rule, const void* host_table,
                                     const void* table, void* steps,
-                                    const double* grad_scale,
+                                    const double* grad_scale, int grad_scales,
                                     const double* clip_scale, int clip_scales,
                                     double* penalty, void* scratch,
                                     WdopsStream stream);
@@ -91,9 +92,9 @@ WDOPS_CUDA_API int wdops_cuda_apply(int rule, const void* host_table,
 // for factored gradients, which are added up in tiles of another shape.
 WDOPS_CUDA_API int wdops_cuda_norms(const void* host_table, const void* table,
                                     const void* steps, const double* grad_scale,
-                                    double* norm, double* penalty,
-                                    unsigned char* finite, void* scratch,
-                                    WdopsStream stream);
+                                    int grad_scales, double* norm,
+                                    double* penalty, unsigned char* finite,
+                                    void* scratch, WdopsStream stream);
 
 // scale = limit / max(limit, the norm of the norms), and 0 where that is not
 // finite: what clips by the global norm, without asking the host.

@@ -37,16 +37,16 @@ using namespace wdops::cuda;
 
 int wdops_cuda_norms(const void* host_table_bytes, const void* table_bytes,
                      const void* steps_bytes, const double* grad_scale,
-                     double* norm, double* penalty, unsigned char* finite,
-                     void* scratch, WdopsStream stream) {
+                     int grad_scales, double* norm, double* penalty,
+                     unsigned char* finite, void* scratch, WdopsStream stream) {
   const Table& host_table = *static_cast<const Table*>(host_table_bytes);
   const Table* const table = static_cast<const Table*>(table_bytes);
   const Steps* const steps = static_cast<const Steps*>(steps_bytes);
   const cudaError_t error = cudaMemsetAsync(finite, 1, 1, stream);
   if (error != cudaSuccess) return error;
-  return SumUp<GradientTerms>(host_table, table, steps, Scales{grad_scale},
-                              scratch, FinishNorm{steps, norm, penalty, finite},
-                              stream);
+  return SumUp<GradientTerms>(host_table, table, steps,
+                              Scales{grad_scale, grad_scales != 0}, scratch,
+                              FinishNorm{steps, norm, penalty, finite}, stream);
 }
 
 int wdops_cuda_clip_scale(const double* norm, int count, double limit,

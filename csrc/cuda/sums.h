@@ -59,7 +59,7 @@ class GradientTerms {
   __device__ GradientTerms(const Steps* steps, const Scales& scales,
                            int variable)
       : gradient_(scales.GradientOf<S>(
-            *steps->Of(variable, std::is_same_v<S, double>))) {}
+            *steps->Of(variable, std::is_same_v<S, double>), variable)) {}
 
   template <class Batch>
   __device__ void Add(const Variable& v, const Batch& batch, const S* grad,

@@ -231,9 +231,9 @@ using namespace wdops::cuda;
 
 int wdops_cuda_apply(int rule, const void* host_table_bytes,
                      const void* table_bytes, void* steps_bytes,
-                     const double* grad_scale, const double* clip_scale,
-                     int clip_scales, double* penalty, void* scratch,
-                     WdopsStream stream) {
+                     const double* grad_scale, int grad_scales,
+                     const double* clip_scale, int clip_scales, double* penalty,
+                     void* scratch, WdopsStream stream) {
   const Table& host_table = *static_cast<const Table*>(host_table_bytes);
   if (rule < 0 || rule >= kRuleCount ||
       !HasArrays(host_table, kRules[rule].slots.size)) {
@@ -241,7 +241,8 @@ int wdops_cuda_apply(int rule, const void* host_table_bytes,
   }
   const Table* const table = static_cast<const Table*>(table_bytes);
   Steps* const steps = static_cast<Steps*>(steps_bytes);
-  const Scales scales{grad_scale, clip_scale, clip_scales != 0};
+  const Scales scales{grad_scale, grad_scales != 0, clip_scale,
+                      clip_scales != 0};
   const cudaError_t error =
       kSweeps[rule](host_table, table, steps, scales, scratch, stream);
   if (error != cudaSuccess || !penalty) return error;

@@ -91,19 +91,20 @@ struct alignas(16) Steps {
   }
 };
 
-// Scales on the card, of all gradients; null: 1.
+// Scales on the card; null: 1.
 struct Scales {
   const double* grad;
-  const double* clip;
-  bool of_each;  // whether `clip` has one for each variable
+  int grad_stride;  // 1 where there is one for each variable, 0 for all
+  const double* clip = nullptr;
+  int clip_stride = 0;
 
   // What a step of any rule begins with.
   template <class S>
-  WDOPS_FN Gradient<S> GradientOf(const OneStep& one) const {
+  WDOPS_FN Gradient<S> GradientOf(const OneStep& one, int variable) const {
     if (!grad) return *reinterpret_cast<const Gradient<S>*>(one.step.bytes);
     double hyper[kGradientHyperCount];
     for (int j = 0; j < kGradientHyperCount; ++j) hyper[j] = one.gradient[j];
-    hyper[kGradScale] *= *grad;
+    hyper[kGradScale] *= grad[variable * grad_stride];
     return Gradient<S>(hyper);
   }
 
@@ -111,10 +112,10 @@ struct Scales {
   template <template <class> class Rule, class S>
   WDOPS_FN void Scale(const OneStep& one, int variable,
                       Step<Rule, S>* step) const {
-    static_cast<Gradient<S>&>(*step) = GradientOf<S>(one);
+    static_cast<Gradient<S>&>(*step) = GradientOf<S>(one, variable);
     if (clip) {
       step->clip_scale =
-          static_cast<S>(one.clip_scale * clip[of_each ? variable : 0]);
+          static_cast<S>(one.clip_scale * clip[variable * clip_stride]);
     }
   }
   template <template <class> class Rule, class S>

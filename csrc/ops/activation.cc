@@ -1,13 +1,10 @@
 // The ops of activations behind a bias, and of their gradients: one pass each.
 #include "cpu/activation.h"
 
-#include <cmath>
-#include <optional>
 #include <vector>
 
 #include "cpu/float_mode.h"
-#include "ops/activation.h"
-#include "ops/inputs.h"
+#include "ops/activation_ops.h"
 #include "ops/kernel.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -15,103 +12,42 @@
 namespace wdops {
 namespace {
 
-using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-// What the op and that of its gradient share.
-class ActivationOp : public tensorflow::OpKernel {
+Blocks BlocksOf(const ActivationShape& shape) {
+  return Blocks(shape.outer, shape.channels, shape.inner);
+}
+
+class OutputCpu : public OutputOp {
  public:
-  explicit ActivationOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, MakeActivationInputs(ctx->def().op(), ctx, &inputs_));
-  }
-
-  void Compute(OpKernelContext* ctx) override {
-    const cpu::Kernels* kernels;
-    OP_REQUIRES_OK(ctx, FindKernels(&kernels));
-    double hyper[kMaxActivationHypers];
-    OP_REQUIRES_OK(ctx, Hypers(ctx, hyper));
-    OP_REQUIRES_OK(ctx, Run(ctx, *kernels->activations, hyper));
-  }
-
- protected:
-  virtual absl::Status Run(OpKernelContext* ctx,
-                           const cpu::ActivationKernels& kernels,
-                           const double* hyper) = 0;
-
-  absl::Status Hypers(OpKernelContext* ctx, double* hyper) const {
-    for (int j = 0; j < inputs_.info->hypers.size; ++j) {
-      const Tensor& value = ctx->input(inputs_.Hyper(j));
-      const char* name = inputs_.info->hypers[j];
-      if (value.dims() > 0) {
-        return absl::InvalidArgumentError(
-            absl::StrCat(name, " has shape ", value.shape().DebugString(),
-                         ", but must be a scalar"));
-      }
-      hyper[j] = value.scalar<double>()();
-      if (std::isfinite(hyper[j]) && hyper[j] >= 0) continue;
-      return absl::InvalidArgumentError(absl::StrCat(
-          name, " is ", ToString(hyper[j]), ", but must be finite and ",
-          "not negative: the gradient takes the sign of the input from that ",
-          "of the output"));
-    }
-    return absl::OkStatus();
-  }
-
-  // Of an array that is not empty.
-  absl::Status BlocksOf(const TensorShape& shape,
-                        std::optional<Blocks>* blocks) const {
-    if (!inputs_.biased) {
-      blocks->emplace(1, 1, shape.num_elements());
-      return absl::OkStatus();
-    }
-    int axis;
-    TF_RETURN_IF_ERROR(ChannelAxis(inputs_, shape.dims(), &axis));
-    int64_t outer = 1, inner = 1;
-    for (int i = 0; i < axis; ++i) outer *= shape.dim_size(i);
-    for (int i = axis + 1; i < shape.dims(); ++i) inner *= shape.dim_size(i);
-    blocks->emplace(outer, shape.dim_size(axis), inner);
-    return absl::OkStatus();
-  }
-
-  ActivationInputs inputs_;
-};
-
-class OutputOp : public ActivationOp {
- public:
-  using ActivationOp::ActivationOp;
+  using OutputOp::OutputOp;
 
  private:
-  absl::Status Run(OpKernelContext* ctx, const cpu::ActivationKernels& kernels,
-                   const double* hyper) override {
-    const Tensor& x = ctx->input(0);
-    if (inputs_.biased) {
-      TF_RETURN_IF_ERROR(CheckBias(inputs_, x.shape(), ctx->input(1).shape()));
-    }
-    Tensor* output;
-    TF_RETURN_IF_ERROR(
-        ctx->forward_input_or_allocate_output({0}, 0, x.shape(), &output));
-    if (x.NumElements() == 0) return absl::OkStatus();
-    std::optional<Blocks> blocks;
-    TF_RETURN_IF_ERROR(BlocksOf(x.shape(), &blocks));
+  absl::Status Activate(OpKernelContext* ctx, const double* hyper,
+                        const ActivationShape& shape, const Tensor& x,
+                        const Tensor* bias, Tensor* output) const override {
+    const cpu::Kernels* kernels;
+    TF_RETURN_IF_ERROR(FindKernels(&kernels));
+    const Blocks blocks = BlocksOf(shape);
     const DType dtype = FromTensorFlow(x.dtype());
     const int64_t size = kDTypeBytes[dtype];
-    const Tensor bias =
-        inputs_.biased ? Repeated(ctx->input(1), *blocks) : Tensor();
-    const cpu::Activate activate = kernels.output[inputs_.activation][dtype];
-    Share(ctx, blocks->Count(), 2 * x.TotalBytes(),
+    const Tensor biases = bias ? Repeated(*bias, blocks) : Tensor();
+    const cpu::Activate activate =
+        kernels->activations->output[inputs_.activation][dtype];
+    Share(ctx, blocks.Count(), 2 * x.TotalBytes(),
           [&](int64_t block, int64_t end) {
             for (; block < end; ++block) {
-              const Rows rows = blocks->At(block);
-              const int64_t entry = blocks->Uniform()
-                                        ? blocks->ChannelAt(rows.begin)
-                                        : blocks->Column(block);
+              const Rows rows = blocks.At(block);
+              const int64_t entry = blocks.Uniform()
+                                        ? blocks.ChannelAt(rows.begin)
+                                        : blocks.Column(block);
               activate(hyper, rows, Data(x) + rows.begin * size,
-                       inputs_.biased ? Data(bias) + entry * size : nullptr,
-                       blocks->Uniform(), Data(*output) + rows.begin * size);
+                       bias ? Data(biases) + entry * size : nullptr,
+                       blocks.Uniform(), Data(*output) + rows.begin * size);
             }
           });
     return absl::OkStatus();
@@ -138,37 +74,24 @@ void StoreTotals(const std::vector<double>& totals, Tensor* to) {
   for (double total : totals) Store(static_cast<Compute<T>>(total), entry++);
 }
 
-class GradOp : public ActivationOp {
+class GradCpu : public GradOp {
  public:
-  using ActivationOp::ActivationOp;
+  using GradOp::GradOp;
 
  private:
-  absl::Status Run(OpKernelContext* ctx, const cpu::ActivationKernels& kernels,
-                   const double* hyper) override {
-    const Tensor &grad = ctx->input(0), &y = ctx->input(1);
-    TF_RETURN_IF_ERROR(CheckOutput(grad.shape(), y.shape()));
-    int64_t channels = 0;
-    if (inputs_.biased) {
-      int axis;
-      TF_RETURN_IF_ERROR(ChannelAxis(inputs_, y.dims(), &axis));
-      channels = y.dim_size(axis);
+  absl::Status Differentiate(OpKernelContext* ctx, const double* hyper,
+                             const ActivationShape& shape, const Tensor& grad,
+                             const Tensor& output, Tensor* x_grad,
+                             Tensor* bias_grad) const override {
+    const cpu::Kernels* kernels;
+    TF_RETURN_IF_ERROR(FindKernels(&kernels));
+    std::vector<double> totals(bias_grad ? shape.channels : 0);
+    if (shape.Elements() > 0) {
+      Sweep(ctx, kernels->activations->gradient[inputs_.activation], hyper,
+            BlocksOf(shape), grad, output, x_grad, &totals);
     }
-    Tensor *x_grad, *bias_grad = nullptr;
-    TF_RETURN_IF_ERROR(
-        ctx->forward_input_or_allocate_output({0, 1}, 0, y.shape(), &x_grad));
-    if (inputs_.biased) {
-      TF_RETURN_IF_ERROR(
-          ctx->allocate_output(1, TensorShape({channels}), &bias_grad));
-    }
-    std::vector<double> totals(channels);
-    if (y.NumElements() > 0) {
-      std::optional<Blocks> blocks;
-      TF_RETURN_IF_ERROR(BlocksOf(y.shape(), &blocks));
-      Sweep(ctx, kernels.gradient[inputs_.activation], hyper, *blocks, grad, y,
-            x_grad, &totals);
-    }
-    if (!inputs_.biased) return absl::OkStatus();
-    switch (FromTensorFlow(y.dtype())) {
+    if (!bias_grad) return absl::OkStatus();
+    switch (FromTensorFlow(output.dtype())) {
 #define DTYPE(name, Type)                 \
   case k_##name:                          \
     StoreTotals<Type>(totals, bias_grad); \
@@ -213,7 +136,7 @@ class GradOp : public ActivationOp {
 };
 
 // What tracing can already tell.
-absl::Status ActivationShape(const std::string& op, InferenceContext* c) {
+absl::Status InferActivation(const std::string& op, InferenceContext* c) {
   ActivationInputs inputs;
   TF_RETURN_IF_ERROR(MakeActivationInputs(op, c, &inputs));
   ShapeHandle shape = c->input(0);
@@ -258,7 +181,7 @@ void RegisterActivation(const ActivationInfo& info, bool gradient) {
     op.Output("output: T");
   }
   op.SetShapeFn(
-      [name](InferenceContext* c) { return ActivationShape(name, c); });
+      [name](InferenceContext* c) { return InferActivation(name, c); });
   op();
 }
 
@@ -270,11 +193,11 @@ const bool registered = [] {
   return true;
 }();
 
-#define ACTIVATION(Class)                                              \
-  REGISTER_KERNEL_BUILDER(                                             \
-      Name("Wdops>" #Class).Device(tensorflow::DEVICE_CPU), OutputOp); \
-  REGISTER_KERNEL_BUILDER(                                             \
-      Name("Wdops>" #Class "Grad").Device(tensorflow::DEVICE_CPU), GradOp);
+#define ACTIVATION(Class)                                               \
+  REGISTER_KERNEL_BUILDER(                                              \
+      Name("Wdops>" #Class).Device(tensorflow::DEVICE_CPU), OutputCpu); \
+  REGISTER_KERNEL_BUILDER(                                              \
+      Name("Wdops>" #Class "Grad").Device(tensorflow::DEVICE_CPU), GradCpu);
 #include "rules/activations.inc"
 
 }  // namespace

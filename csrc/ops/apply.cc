@@ -2,6 +2,7 @@
 // or nothing.
 #include <cstring>
 
+#include "ops/step_ops.h"
 #include "ops/sweep.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
@@ -14,7 +15,6 @@ using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::PartialTensorShape;
 using tensorflow::Tensor;
-using tensorflow::TensorShape;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
@@ -25,57 +25,28 @@ struct Target {
   int layout;
 };
 
-class ApplyOp : public tensorflow::OpKernel {
+class ApplyCpu : public ApplyOp {
  public:
-  explicit ApplyOp(OpKernelConstruction* ctx)
-      : OpKernel(ctx), rule_(*FindRule(ctx->def().op())) {
-    OP_REQUIRES_OK(ctx, MakeInputs(&rule_, ctx, &inputs_));
-    OP_REQUIRES_OK(ctx,
-                   ctx->GetAttr("scaled_proximal", &options_.scaled_proximal));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("stochastic", &options_.stochastic));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("report_penalty", &report_penalty_));
-  }
-
-  void Compute(OpKernelContext* ctx) override {
-    OP_REQUIRES_OK(ctx, Apply(ctx));
-  }
+  explicit ApplyCpu(OpKernelConstruction* ctx) : ApplyOp(ctx, false) {}
 
  private:
-  absl::Status Apply(OpKernelContext* ctx) {
+  absl::Status Step(OpKernelContext* ctx, const Hypers& hypers,
+                    const Vars& vars, Tensor* penalty) override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    Steps steps;
-    TF_RETURN_IF_ERROR(steps.Make(ctx, inputs_, rule_, options_));
-    Tensor* penalty;
-    const TensorShape reported({report_penalty_ ? inputs_.n : 0});
-    TF_RETURN_IF_ERROR(ctx->allocate_output(0, reported, &penalty));
-
-    // Declared before the locks, so that no variable is destroyed while its
-    // lock is held.
-    Vars vars;
-    std::vector<tensorflow::mutex_lock> locks;
-    TF_RETURN_IF_ERROR(LookupVariables(ctx, inputs_, &vars));
-    TF_RETURN_IF_ERROR(LockVariables(vars, &locks));
-    TF_RETURN_IF_ERROR(CheckTensors(inputs_, [&](int input) {
-      const Tensor& value = input < inputs_.Resources()
-                                ? *vars[input]->tensor()
-                                : ctx->input(inputs_.Tensor(input));
-      return Spec<const TensorShape&>{value.dtype(), value.shape()};
-    }));
-
+    Steps steps(inputs_, rule_, options_, hypers);
     Gradients grads;
     TF_RETURN_IF_ERROR(
         grads.Make(ctx, inputs_, *kernels, [](int) { return true; }));
     std::vector<Target> targets(inputs_.n);
     for (int i = 0; i < inputs_.n; ++i) {
       const DType dtype = FromTensorFlow(inputs_.dtypes[i]);
-      const int last = inputs_.At(inputs_.slots, i);  // slot, or the variable
-      const DType slot = FromTensorFlow(vars[last]->tensor()->dtype());
+      const DType slot = FromTensorFlow(SlotDType(vars, i));
       targets[i] = {steps.Of(i, dtype), dtype, FindLayout(dtype, slot)};
     }
 
     const size_t rule = &rule_ - kRules;
-    // Reads what CopyOnWrite has not replaced yet, and writes nothing.
+    // Reads what has no fresh buffer yet, and writes nothing.
     if (rule_.trust) {
       std::vector<Sums> sums(grads.Chunks());
       grads.ForChunks(
@@ -91,9 +62,15 @@ class ApplyOp : public tensorflow::OpKernel {
       }
     }
 
-    // Keeps the old buffers alive until the sweep has read them.
+    // Keeps the old buffers alive until the sweep has read them: CopyChunk
+    // copies each chunk just before it is swept.
     std::vector<Tensor> sources(inputs_.Resources());
-    TF_RETURN_IF_ERROR(CopyOnWrite(ctx, vars, &sources));
+    Fresh fresh;
+    TF_RETURN_IF_ERROR(AllocateFresh(ctx, vars, &fresh));
+    for (auto& [input, value] : fresh) {
+      sources[input] = *vars[input]->tensor();
+      *vars[input]->tensor() = value;
+    }
     std::vector<Sums> sums(report_penalty_ ? grads.Chunks() : 0);
     grads.ForChunks(
         ctx, 2 * inputs_.lists.size() - 1,
@@ -103,15 +80,15 @@ class ApplyOp : public tensorflow::OpKernel {
           const cpu::Chunk chunk = ChunkOf(vars, i, begin, n, grad);
           kernels->sweep[rule][target.layout](target.step, chunk);
           if (report_penalty_) {
-            const double l1 = HyperOf(ctx, inputs_, kL1, i);
-            sums[c] += kernels->penalty[target.dtype](&l1, chunk);
+            const double* l1 = hypers.Of(i) + kL1;
+            sums[c] += kernels->penalty[target.dtype](l1, chunk);
           }
         });
     for (int i = 0; report_penalty_ && i < inputs_.n; ++i) {
       const Sums sum = grads.SumOver(i, sums);
+      const double* hyper = hypers.Of(i);
       penalty->vec<double>()(i) =
-          PenaltyOf(HyperOf(ctx, inputs_, kL1, i),
-                    HyperOf(ctx, inputs_, kL2, i), sum.a, sum.b);
+          PenaltyOf(hyper[kL1], hyper[kL2], sum.a, sum.b);
     }
     return absl::OkStatus();
   }
@@ -130,50 +107,6 @@ class ApplyOp : public tensorflow::OpKernel {
     return chunk;
   }
 
-  // In the order of the mutexes' addresses, as every op of TensorFlow does;
-  // otherwise two ops could wait for each other.
-  absl::Status LockVariables(const Vars& vars,
-                             std::vector<tensorflow::mutex_lock>* locks) const {
-    std::vector<int> order(vars.size());
-    for (size_t input = 0; input < vars.size(); ++input) order[input] = input;
-    std::sort(order.begin(), order.end(),
-              [&](int a, int b) { return vars[a]->mu() < vars[b]->mu(); });
-    for (size_t o = 1; o < order.size(); ++o) {
-      if (vars[order[o - 1]].get() == vars[order[o]].get()) {
-        return ListedTwice(inputs_, order[o - 1], order[o]);
-      }
-    }
-    locks->reserve(order.size());
-    for (int input : order) locks->emplace_back(*vars[input]->mu());
-    for (size_t input = 0; input < vars.size(); ++input) {
-      if (!vars[input]->is_initialized) return Uninitialized(inputs_, input);
-    }
-    return absl::OkStatus();
-  }
-
-  // Gives a new buffer to every variable whose buffer a tensor shares that was
-  // read from it, and the old one to `sources`: CopyChunk copies each chunk
-  // just before it is swept. All allocations come before the first change.
-  absl::Status CopyOnWrite(OpKernelContext* ctx, const Vars& vars,
-                           std::vector<Tensor>* sources) const {
-    std::vector<std::pair<int, Tensor>> fresh;
-    for (size_t input = 0; input < vars.size(); ++input) {
-      const Tensor& value = *vars[input]->tensor();
-      if (value.NumElements() == 0 || value.RefCountIsOne()) continue;
-      tensorflow::AllocatorAttributes attributes;
-      attributes.set_gpu_compatible(true);
-      attributes.set_nic_compatible(true);
-      fresh.emplace_back(input, Tensor());
-      TF_RETURN_IF_ERROR(ctx->allocate_temp(value.dtype(), value.shape(),
-                                            &fresh.back().second, attributes));
-    }
-    for (auto& [input, value] : fresh) {
-      (*sources)[input] = *vars[input]->tensor();
-      *vars[input]->tensor() = value;
-    }
-    return absl::OkStatus();
-  }
-
   void CopyChunk(const Vars& vars, const std::vector<Tensor>& sources, int i,
                  int64_t begin, int64_t n) const {
     for (size_t list = 0; list + 1 < inputs_.lists.size(); ++list) {
@@ -185,11 +118,6 @@ class ApplyOp : public tensorflow::OpKernel {
              n * size);
     }
   }
-
-  const RuleInfo& rule_;
-  Inputs inputs_;
-  StepOptions options_;
-  bool report_penalty_;
 };
 
 // What tracing can already tell.
@@ -254,7 +182,7 @@ const bool registered = [] {
 
 #define RULE(name, Class)  \
   REGISTER_KERNEL_BUILDER( \
-      Name("Wdops>Apply" #Class).Device(tensorflow::DEVICE_CPU), ApplyOp);
+      Name("Wdops>Apply" #Class).Device(tensorflow::DEVICE_CPU), ApplyCpu);
 #include "rules/rules.inc"
 
 }  // namespace

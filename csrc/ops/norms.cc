@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "ops/step_ops.h"
 #include "ops/sweep.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -14,51 +15,20 @@ using tensorflow::DataType;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
-using tensorflow::TensorShape;
 
-class NormsOp : public tensorflow::OpKernel {
+class NormsCpu : public NormsOp {
  public:
-  explicit NormsOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    OP_REQUIRES_OK(ctx, MakeInputs(nullptr, ctx, &inputs_));
-  }
-
-  void Compute(OpKernelContext* ctx) override {
-    OP_REQUIRES_OK(ctx, Measure(ctx));
-  }
+  explicit NormsCpu(OpKernelConstruction* ctx) : NormsOp(ctx, false) {}
 
  private:
-  absl::Status Measure(OpKernelContext* ctx) {
+  absl::Status Measure(OpKernelContext* ctx, const Hypers& hypers,
+                       const std::vector<Tensor>& values, Tensor* norm,
+                       Tensor* penalty, Tensor* finite) override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    Steps steps;
-    TF_RETURN_IF_ERROR(steps.Make(ctx, inputs_, kRules[0], {}));
-    // A tensor that shares a variable's buffer makes whoever writes to the
-    // variable in the meantime copy it, so no lock is held while it is read.
-    std::vector<Tensor> values(inputs_.Hyper(0));
-    for (int input = inputs_.Grad(0); input < inputs_.Hyper(0); ++input) {
-      values[input] = ctx->input(inputs_.Tensor(input));
-    }
-    {
-      Vars vars;
-      TF_RETURN_IF_ERROR(LookupVariables(ctx, inputs_, &vars));
-      for (size_t input = 0; input < vars.size(); ++input) {
-        tensorflow::tf_shared_lock lock(*vars[input]->mu());
-        if (!vars[input]->is_initialized) return Uninitialized(inputs_, input);
-        values[input] = *vars[input]->tensor();
-      }
-    }
-    TF_RETURN_IF_ERROR(CheckTensors(inputs_, [&](int input) {
-      return Spec<const TensorShape&>{values[input].dtype(),
-                                      values[input].shape()};
-    }));
-    Tensor *norm, *penalty, *finite;
-    TF_RETURN_IF_ERROR(
-        ctx->allocate_output(0, TensorShape({inputs_.n}), &norm));
-    TF_RETURN_IF_ERROR(
-        ctx->allocate_output(1, TensorShape({inputs_.n}), &penalty));
-    TF_RETURN_IF_ERROR(ctx->allocate_output(2, TensorShape({}), &finite));
-
-    const std::vector<double> by_factors = SquaresByFactors(ctx, *kernels);
+    Steps steps(inputs_, kRules[0], {}, hypers);
+    const std::vector<double> by_factors =
+        SquaresByFactors(ctx, hypers, *kernels);
     const auto wanted = [&](int i) { return std::isnan(by_factors[i]); };
     Gradients grads;
     TF_RETURN_IF_ERROR(grads.Make(ctx, inputs_, *kernels, wanted));
@@ -86,29 +56,26 @@ class NormsOp : public tensorflow::OpKernel {
       const Sums sum = grads.SumOver(i, sums);
       all_finite &= IsFinite(sum, inputs_.dtypes[i] == tensorflow::DT_DOUBLE);
       norm->vec<double>()(i) = std::sqrt(sum.a);
+      const double* hyper = hypers.Of(i);
       penalty->vec<double>()(i) =
-          PenaltyOf(HyperOf(ctx, inputs_, kL1, i),
-                    HyperOf(ctx, inputs_, kL2, i), sum.b, sum.c);
+          PenaltyOf(hyper[kL1], hyper[kL2], sum.b, sum.c);
     }
     finite->scalar<bool>()() = all_finite;
     return absl::OkStatus();
   }
 
-  bool HasVar() const { return inputs_.lists[0] == "var"; }
-
   // The squared norms of factored gradients that have nothing added to them,
   // from the products of the rows of x and of dz with each other; NaN where
   // this cannot be, or is more work than to make the gradient.
   std::vector<double> SquaresByFactors(OpKernelContext* ctx,
+                                       const Hypers& hypers,
                                        const cpu::Kernels& kernels) const {
     std::vector<double> squares(inputs_.n, NAN);
     if (inputs_.accumulator >= 0) return squares;
     for (int i = 0; i < inputs_.n; ++i) {
-      if (!Gradients::IsFactored(ctx, inputs_, i)) continue;
-      if (HasVar() && (HyperOf(ctx, inputs_, kL1, i) != 0 ||
-                       HyperOf(ctx, inputs_, kL2, i) != 0)) {
-        continue;
-      }
+      if (!IsFactored(ctx, inputs_, i)) continue;
+      const double* hyper = hypers.Of(i);
+      if (HasVar() && (hyper[kL1] != 0 || hyper[kL2] != 0)) continue;
       const Tensor& x = ctx->input(inputs_.Tensor(inputs_.Grad(i)));
       const Tensor& dz = ctx->input(inputs_.Tensor(inputs_.factor[i]));
       const cpu::Factored shape = Gradients::ShapeOf(x, dz);
@@ -125,8 +92,7 @@ class NormsOp : public tensorflow::OpKernel {
             });
       const Sums sum = cpu::AddUp(sums.data(), sums.size());
       const double scale =
-          std::abs(HyperOf(ctx, inputs_, kAccumulationScale, i) *
-                   HyperOf(ctx, inputs_, kGradScale, i));
+          std::abs(hyper[kAccumulationScale] * hyper[kGradScale]);
       // Where nothing can overflow, all is finite. Otherwise it takes the
       // elements to tell.
       if (sum.b * std::max(1.0, scale) < kSafe[dtype]) {
@@ -140,8 +106,6 @@ class NormsOp : public tensorflow::OpKernel {
   static constexpr double kSafe[] = {0x1p127, 0x1p500, 0x1p127, 0x1p15};
   static_assert(k_float32 == 0 && k_float64 == 1 && k_bfloat16 == 2 &&
                 k_float16 == 3);
-
-  Inputs inputs_;
 };
 
 const bool registered = [] {
@@ -175,7 +139,7 @@ const bool registered = [] {
 }();
 
 REGISTER_KERNEL_BUILDER(Name("Wdops>Norms").Device(tensorflow::DEVICE_CPU),
-                        NormsOp);
+                        NormsCpu);
 
 }  // namespace
 }  // namespace wdops

@@ -1,4 +1,4 @@
-// Variables and chunks for the CPU kernels of the optimizers' ops.
+// Constants and chunks for the CPU kernels of the optimizers' ops.
 #pragma once
 
 #include <algorithm>
@@ -6,77 +6,25 @@
 
 #include "cpu/add_up.h"
 #include "cpu/factored.h"
-#include "ops/inputs.h"
 #include "ops/kernel.h"
-#include "tensorflow/core/framework/resource_mgr.h"
-#include "tensorflow/core/framework/resource_var.h"
+#include "ops/variables.h"
 #include "tensorflow/core/platform/mem.h"
-#include "tensorflow/core/platform/mutex.h"
 
 namespace wdops {
 
-using Vars = std::vector<tensorflow::core::RefCountPtr<tensorflow::Var>>;
-
-inline absl::Status Uninitialized(const Inputs& inputs, int input) {
-  return absl::InvalidArgumentError(
-      absl::StrCat(inputs.Name(input), " is not initialized"));
-}
-
-inline absl::Status LookupVariables(tensorflow::OpKernelContext* ctx,
-                                    const Inputs& inputs, Vars* vars) {
-  vars->resize(inputs.Resources());
-  for (int input = 0; input < inputs.Resources(); ++input) {
-    const auto handles =
-        ctx->input(inputs.Tensor(input)).flat<tensorflow::ResourceHandle>();
-    const bool packed = inputs.IsPacked(input);
-    if (handles.size() != (packed ? inputs.n : 1)) {
-      return WrongCount(inputs, inputs.lists[input / inputs.n], handles.size());
-    }
-    const auto& handle = handles(packed ? input % inputs.n : 0);
-    if (!LookupResource(ctx, handle, &(*vars)[input]).ok()) {
-      return Uninitialized(inputs, input);
-    }
-  }
-  return absl::OkStatus();
-}
-
-// The value of hyperparameter j of variable i.
-inline double HyperOf(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
-                      int j, int i) {
-  const tensorflow::Tensor& value = ctx->input(inputs.Tensor(inputs.Hyper(j)));
-  return value.flat<double>()(value.dims() == 0 ? 0 : i);
-}
-
-// The constants of a rule's step: one for each dtype where every hyperparameter
-// is a scalar and the rule wants no norm of each variable, else one for each
-// variable.
+// The constants of a rule's step: one for each dtype where all variables share
+// their hyperparameters, else one for each variable.
 class Steps {
  public:
-  absl::Status Make(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
-                    const RuleInfo& rule, StepOptions options) {
-    bool scalars;
-    TF_RETURN_IF_ERROR(CheckHypers(
-        inputs,
-        [&](int input) { return ctx->input(inputs.Tensor(input)).shape(); },
-        &scalars));
-    shared_ = scalars && !rule.trust;
-    steps_.resize(shared_ ? kDTypeCount : inputs.n);
-    const size_t given = inputs.hypers.size();
-    const std::vector<double> minima = Minima(inputs.hypers);
-    std::vector<double> hyper(std::max<size_t>(given, kStepHyperCount));
+  Steps(const Inputs& inputs, const RuleInfo& rule, StepOptions options,
+        const Hypers& hypers)
+      : shared_(hypers.shared()), steps_(shared_ ? kDTypeCount : inputs.n) {
+    std::vector<double> hyper(std::max<int>(hypers.count(), kStepHyperCount));
     for (size_t s = 0; s < steps_.size(); ++s) {
-      for (size_t j = 0; j < given; ++j) {
-        hyper[j] = HyperOf(ctx, inputs, j, s);
-      }
-      const std::string error = HyperError(inputs.hypers, minima, hyper.data());
-      if (!error.empty()) {
-        return absl::InvalidArgumentError(
-            shared_ ? error : absl::StrCat(error, " (", inputs.Name(s), ")"));
-      }
+      std::copy_n(hypers.Of(s), hypers.count(), hyper.begin());
       const int dtype = shared_ ? s : FromTensorFlow(inputs.dtypes[s]);
       rule.make_step[dtype](hyper.data(), options, &steps_[s]);
     }
-    return absl::OkStatus();
   }
   AnyStep* Of(int i, DType dtype) { return &steps_[shared_ ? dtype : i]; }
 
@@ -126,11 +74,6 @@ class Gradients {
     return absl::OkStatus();
   }
 
-  static bool IsFactored(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
-                         int i) {
-    return inputs.factor[i] >= 0 &&
-           !IsNoFactor(ctx->input(inputs.Tensor(inputs.factor[i])).shape());
-  }
   static cpu::Factored ShapeOf(const tensorflow::Tensor& x,
                                const tensorflow::Tensor& dz) {
     return {x.dim_size(0), x.dim_size(1), dz.dim_size(1)};

@@ -10,10 +10,14 @@ from typing import Any
 
 
 def build_info() -> dict[str, Any]:
-    """What wdops was built against: its version, TensorFlow, compiler, C++11 ABI, CUDA (or None), instruction sets."""
-    from wdops import _build_info
+    """What wdops was built against: its version, TensorFlow, compiler, C++11 ABI, CUDA (or None), instruction sets.
 
-    return {name.lower(): value for name, value in vars(_build_info).items() if name.isupper()}
+    And `gpu`: "loaded", or why the kernels for a GPU are not.
+    """
+    from wdops import _build_info, _load
+
+    built = {name.lower(): value for name, value in vars(_build_info).items() if name.isupper()}
+    return built | {"gpu": _load.gpu}
 
 
 # `python -m wdops` runs this file before __main__.py, which starts TensorFlow itself, and quietly.

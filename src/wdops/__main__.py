@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import ctypes
 import importlib
 import math
 import os
@@ -56,10 +57,17 @@ def info() -> None:
     build = wdops.build_info()
     folder = Path(wdops.__file__).parent
     loaded = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    cuda = ctypes.CDLL(str(folder / "libwdops_cuda.so")) if build["cuda"] else None
+    card = ""
+    if cuda is not None:
+        cuda.wdops_cuda_error.restype = ctypes.c_char_p
+        error = cuda.wdops_cuda_available()
+        card = f"; card: {cuda.wdops_cuda_error(error).decode() if error else 'found'}"
     rows = {
         "wdops": f"{build['version']}, in {folder}",
         "built with": f"TensorFlow {build['tensorflow']}, {build['compiler']}, C++11 ABI {build['cxx11_abi']}, "
         f"CUDA {build['cuda'] or 'not found'}",
+        "kernels for a GPU": build["gpu"] + card,
         "runs with": f"TensorFlow {tensorflow.__version__}, Keras {keras.__version__} on {keras.backend.backend()}, "
         f"NumPy {numpy.__version__}, Python {sys.version.split()[0]}",
         "instruction sets": ", ".join(f"{name} (in use)" if name == isa.active() else name for name in isa.available())

@@ -1,5 +1,6 @@
 """Checks that this TensorFlow is the one that wdops was built for, and loads the libraries in the order it needs."""
 
+import ctypes
 import os
 import sys
 import warnings
@@ -61,12 +62,27 @@ def _load(name: str) -> ModuleType:
         ) from error
 
 
+def _load_gpu() -> str:
+    """Loads the kernels for a GPU where they can be of use; what there is to say of them."""
+    if _build_info.CUDA is None:
+        return "not built: CMake found no CUDA compiler"
+    if not tf.test.is_built_with_cuda():
+        return "not loaded: this TensorFlow is built without CUDA"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "not loaded: there is no CUDA driver (libcuda.so.1)"
+    _load("wdops_gpu")
+    return "loaded"
+
+
 native = _native
 try:
     native.use_isa(os.environ.get("WDOPS_ISA") or native.available_isas()[0])
 except ValueError as error:
     raise ValueError(f"the environment variable WDOPS_ISA: {error}") from error
 raw_ops = _load("wdops_ops")
+gpu = _load_gpu()
 # After the ops, and not later than `import wdops`: XLA takes its kernels once, at the first compilation, and aborts on
 # one whose op is not registered.
 _load("wdops_xla")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from wdops import devices
 from wdops._load import raw_ops
 
 # Up to so many rows, factors are kept where the step makes their product once, and where it makes it twice: a norm
@@ -12,6 +13,9 @@ from wdops._load import raw_ops
 # written, costs less time. The suite `dense` of the bench times the first; the second is reckoned from it and the bytes
 # that are saved, and was not timed.
 MOST_ROWS = {1: 512, 2: 64}
+# On a GPU a matrix product of TensorFlow's is so fast, and the step's own product, rounded as on a CPU, so slow beside
+# it, that only bytes can be saved: reckoned from the rates of an H100, and not timed.
+MOST_ROWS_ON_GPU = {1: 16, 2: 8}
 _FLOATS = (tf.float32, tf.float64)
 _WIDER = {
     tf.float16: (tf.float16, *_FLOATS),
@@ -128,14 +132,23 @@ def _are_of_one_shape(a: tf.Tensor, b: tf.Tensor) -> bool:
     return a.shape.is_fully_defined() and a.shape == b.shape
 
 
-def worthwhile(grad: FactoredGradient, products: int) -> FactoredGradient | tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
+def worthwhile(
+    grad: FactoredGradient, products: int, device: str
+) -> FactoredGradient | tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
     """`grad`, or the tensor that it is the factors of, whichever a step with so many products uses in less time.
 
     Where the number of rows is only known when the step runs, it is a pair of tensors for `wdops.ops`: the factors, or
     the tensor and an empty vector.
     """
-    most = MOST_ROWS[min(products, 2)]
+    on_gpu = devices.is_gpu(device)
+    most = (MOST_ROWS_ON_GPU if on_gpu else MOST_ROWS)[min(products, 2)]
     rows = grad.x.shape[0]
+    if rows is None and on_gpu and not devices.in_xla():
+        return tf.cond(
+            tf.shape(grad.x)[0] <= most,
+            lambda: (grad.x, grad.dz),
+            lambda: (grad.values, tf.zeros([0], grad.dtype)),
+        )  # fmt: skip
     if rows is None:
         return tuple(raw_ops.wdops_factored_gradient(x=grad.x, dz=grad.dz, most_rows=most))
     return grad if rows <= most else grad.values

@@ -14,7 +14,7 @@ import rich.console
 import rich.table
 import tensorflow as tf
 
-from wdops import factored, groups, hyperparameters, ops, reference
+from wdops import devices, factored, groups, hyperparameters, ops, reference
 from wdops._load import native
 
 COEFFICIENTS = ("l1", "l2", "proximal_l1", "proximal_l2")
@@ -95,6 +95,11 @@ class _Batch:
     grads: list[Any]  # as wdops.ops takes them
 
 
+def _stored(variable: Any) -> Any:
+    """The tf.Variable of a variable, of Keras or not."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
 class FusedStep(keras.optimizers.Optimizer):
     """Mixed in before a Keras class, it replaces how a step reaches the variables.
 
@@ -114,7 +119,8 @@ class FusedStep(keras.optimizers.Optimizer):
             raise ValueError(f"`{name}` must be a number that does not change. Received: {name}={changing[name]}")
         if not isinstance(changing.get("learning_rate"), (keras.Variable, tf.Variable)):
             changing.pop("learning_rate", None)  # Keras itself takes schedules and callables
-        super().__init__(**(given | {n: hyperparameters.to_float(n, x) for n, x in changing.items()}))
+        with devices.on_host():
+            super().__init__(**(given | {n: hyperparameters.to_float(n, x) for n, x in changing.items()}))
         object.__setattr__(self, "_own", _Own())
         self._own.arguments = {*given, *OPTIONS}
         lr = changing.pop("learning_rate", None)
@@ -194,10 +200,11 @@ class FusedStep(keras.optimizers.Optimizer):
         if self.built:
             return
         # Keras asks whether there is a momentum at all; what changes from step to step is one.
-        with self._with(lambda value: 0.5):
+        # The slots are where their variables are, and counters where the host has them.
+        with self._with(lambda value: 0.5), devices.on_host():
             super().build(variables)
+            self._own.step_applied = keras.Variable(True, dtype="bool", trainable=False, name="step_applied")
         self._own.choices = {}
-        self._own.step_applied = keras.Variable(True, dtype="bool", trainable=False, name="step_applied")
         self._find_saved()
 
     def _find_saved(self) -> None:
@@ -400,18 +407,20 @@ class FusedStep(keras.optimizers.Optimizer):
         """Whether there is an l1 or l2, or may be one in a later step."""
         return any(self._may_change(n) or np.any(self._coefficient(n, index)) for n in ("l1", "l2"))
 
-    def _hypers(self, index: list[int], learning_rate: Any) -> dict[str, Any]:
+    def _hypers(self, index: list[int], learning_rate: Any, lr_scale: Any = None) -> dict[str, Any]:
         """What the op of these variables takes beside the gradient's own: rates, decays and the seed."""
         factors = [self._choice(self._trainable_variables[i]).multipliers["lr"] for i in index]
-        lr = reference.to_float64(learning_rate)
-        rate = lr if set(factors) == {1.0} else lr * tf.constant(factors, tf.float64)
-        hypers = {n: self._coefficient(n, index) for n in ("weight_decay", "proximal_l1", "proximal_l2")}
-        hypers |= {"lr": rate, "decay_lr": rate, "scaled_proximal": self.scaled_proximal}
-        if self.decay_coupling == "schedule":
-            hypers["decay_lr"] = lr / self._own.base_lr
-        elif self.decay_coupling == "none":
-            hypers["decay_lr"] = 1.0
-        return hypers | self._seed(index)
+        with devices.on_host():
+            lr = reference.to_float64(learning_rate)
+            rate = lr if set(factors) == {1.0} else lr * tf.constant(factors, tf.float64)
+            hypers = {n: self._coefficient(n, index) for n in ("weight_decay", "proximal_l1", "proximal_l2")}
+            scaled = rate if lr_scale is None else rate * lr_scale
+            hypers |= {"lr": scaled, "decay_lr": rate, "scaled_proximal": self.scaled_proximal}
+            if self.decay_coupling == "schedule":
+                hypers["decay_lr"] = lr / self._own.base_lr
+            elif self.decay_coupling == "none":
+                hypers["decay_lr"] = 1.0
+            return hypers | self._seed(index)
 
     def _seed(self, index: list[int]) -> dict[str, Any]:
         """A number of its own for every variable in every step, if something is stored in bfloat16."""
@@ -529,15 +538,14 @@ class FusedStep(keras.optimizers.Optimizer):
     def _batches(self, grads: list[Any], variables: list[Any], products: int = 1) -> list[_Batch]:
         """`products`: how often the step makes a factored gradient."""
         batches: dict[str, _Batch] = {}
-        for grad, variable in zip(grads, variables, strict=True):
-            variable = variable.value if isinstance(variable, keras.Variable) else variable
+        for grad, variable in zip(grads, map(_stored, variables), strict=True):
             batch = batches.setdefault(variable.device, _Batch([], [], []))
             batch.index.append(self._get_variable_index(variable))
             batch.variables.append(variable)
             if isinstance(grad, factored.FactoredGradient):
                 grad = grad.cast(variable.dtype)
             if isinstance(grad, factored.FactoredGradient):
-                batch.grads.append(factored.worthwhile(grad, products))
+                batch.grads.append(factored.worthwhile(grad, products, variable.device))
             else:
                 batch.grads.append(tf.cast(grad, variable.dtype))
         return list(batches.values())
@@ -576,8 +584,9 @@ class FusedStep(keras.optimizers.Optimizer):
 
         every = self.gradient_accumulation_steps
         if every:
-            iterations = tf.convert_to_tensor(self._iterations)
-            applied = tf.cond((iterations + 1) % every == 0, step, accumulate)
+            with devices.on_host():
+                is_last = (tf.convert_to_tensor(self._iterations) + 1) % every == 0
+            applied = tf.cond(is_last, step, accumulate)
         else:
             applied = step()
         if skip_nonfinite:
@@ -589,12 +598,14 @@ class FusedStep(keras.optimizers.Optimizer):
         measured = skip_nonfinite or self._clips("clipnorm", "global_clipnorm")
         index = [self._get_variable_index(v) for v in variables]
         by_element = bool(self.gradient_accumulation_steps) or self._penalizes(index)
+        by_element |= any(devices.is_gpu(_stored(v).device) for v in variables)
         trusts = any(rule["trust"] for rule in native.rules if rule["name"] in self._RULES)
         return 1 + (measured and by_element) + trusts
 
     def _gradient_hypers(self, batch: _Batch, scale: dict[str, Any]) -> dict[str, Any]:
         """What makes the gradient with its penalty: the arguments that the norms and the step share."""
-        hypers = scale | {n: self._coefficient(n, batch.index) for n in ("l1", "l2")}
+        with devices.on_host():
+            hypers = scale | {n: self._coefficient(n, batch.index) for n in ("l1", "l2")}
         if self.gradient_accumulation_steps:
             hypers["accumulation_scale"] = 1 / self.gradient_accumulation_steps
             hypers["accumulator"] = [self._accumulated_gradients[i] for i in batch.index]
@@ -626,19 +637,18 @@ class FusedStep(keras.optimizers.Optimizer):
 
     def _update(self, batches: list[_Batch], scale: dict[str, Any], norms: list[tf.Tensor]) -> list[tf.Tensor]:
         """Makes the step. What it returns is there when it has been made."""
-        apply, slots, rule_hypers = self._rule()
-        counters = self._counters()
-        rule_hypers = {n: self._now(x) for n, x in rule_hypers.items()} | {n: x for n, (_, x) in counters.items()}
-        lr_scale = rule_hypers.pop("lr_scale", None)
+        with devices.on_host():
+            apply, slots, rule_hypers = self._rule()
+            counters = self._counters()
+            rule_hypers = {n: self._now(x) for n, x in rule_hypers.items()} | {n: x for n, (_, x) in counters.items()}
+            lr_scale = rule_hypers.pop("lr_scale", None)
+            clip_value = self._limit("clipvalue") if self._clips("clipvalue") else 0.0
+            learning_rate = self.learning_rate
         clips = self._clips("clipnorm", "global_clipnorm")
         clip_scales = self._clip_scales(norms) if clips else [1.0] * len(batches)
-        clip_value = self._limit("clipvalue") if self._clips("clipvalue") else 0.0
-        learning_rate = self.learning_rate
         done = []
         for batch, clip_scale in zip(batches, clip_scales, strict=True):
-            hypers = self._hypers(batch.index, learning_rate) | self._gradient_hypers(batch, scale)
-            if lr_scale is not None:
-                hypers["lr"] = hypers["lr"] * lr_scale
+            hypers = self._hypers(batch.index, learning_rate, lr_scale) | self._gradient_hypers(batch, scale)
             if self.use_ema:
                 keep, overwrite = self._ema()
                 hypers |= {"ema_momentum": keep, "ema_overwrite": overwrite}
@@ -675,10 +685,12 @@ class FusedStep(keras.optimizers.Optimizer):
 
     def _ema(self) -> tuple[Any, Any]:
         """How much of the average is kept in this step, and whether it overwrites the variable."""
-        iterations = tf.convert_to_tensor(self.iterations)
-        keep = tf.where(iterations == 0, tf.zeros([], tf.float64), reference.to_float64(self._now(self.ema_momentum)))
         every = self.ema_overwrite_frequency
-        return keep, (iterations + 1) % every == 0 if every else False
+        with devices.on_host():
+            iterations = tf.convert_to_tensor(self.iterations)
+            momentum = reference.to_float64(self._now(self.ema_momentum))
+            keep = tf.where(iterations == 0, tf.zeros([], tf.float64), momentum)
+            return keep, (iterations + 1) % every == 0 if every else False
 
     def _average(self, index: list[int]) -> None:
         """The moving averages of variables that this step does not reach. Keras has them in every micro-step too."""
@@ -687,11 +699,13 @@ class FusedStep(keras.optimizers.Optimizer):
         if not averages:
             return
         keep, overwrite = self._ema()
+        with devices.on_host():
+            rest = 1 - keep
         values = [tf.convert_to_tensor(self._trainable_variables[i]) for i in averages]
         for batch in self._batches(values, [self._trainable_variables[i] for i in averages]):
             # average + (1 - keep)*(p - average), as a step of -(1 - keep) along p with a decay of 1 - keep.
             ops.apply_sgd(
-                [averages[i] for i in batch.index], batch.grads, lr=keep - 1, decay_lr=1.0, weight_decay=1 - keep,
+                [averages[i] for i in batch.index], batch.grads, lr=-rest, decay_lr=1.0, weight_decay=rest,
                 **self._seed(batch.index),
             )  # fmt: skip
 
@@ -768,7 +782,7 @@ class FusedStep(keras.optimizers.Optimizer):
             super()._backend_update_step(grads, trainable_variables, learning_rate)
             return
         counters = self._counters()
-        variables = [v.value if isinstance(v, keras.Variable) else v for v in trainable_variables]
+        variables = list(map(_stored, trainable_variables))
         pairs = list(zip(grads, variables, strict=True))
         ours = [pair for pair in pairs if not is_keras_business(pair[1])]
         # The fused ops come first: they check everything before they write.
@@ -797,10 +811,10 @@ class FusedStep(keras.optimizers.Optimizer):
 
     def _update_batch(self, batch: _Batch, learning_rate: Any, counters: dict[str, tf.Tensor] | None = None) -> None:
         """The rule and the decays alone, inside the step by Keras."""
-        apply, slots, rule_hypers = self._rule()
+        with devices.on_host():
+            apply, slots, rule_hypers = self._rule()
         rule_hypers |= counters or {}
-        hypers = self._hypers(batch.index, learning_rate)
-        hypers["lr"] = hypers["lr"] * rule_hypers.pop("lr_scale", 1.0)
+        hypers = self._hypers(batch.index, learning_rate, rule_hypers.pop("lr_scale", None))
         if not self._is_fused:
             hypers["weight_decay"] = 0.0
         if not self._penalizes_first:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from wdops import packed, reference
+from wdops import devices, packed, reference
 from wdops._load import native, raw_ops
 from wdops.factored import FactoredGradient
 
@@ -76,6 +76,17 @@ def _hyper(name: str, value: Any) -> tf.Tensor:
         raise ValueError(f"{name} must be a number, a tensor or a vector of numbers, but is {value!r}") from error
 
 
+# What is made of gradients, and taken from where they are.
+_SCALES = ("grad_scale", "clip_scale")
+
+
+def _hypers(values: dict[str, Any]) -> dict[str, tf.Tensor]:
+    """The inputs of an op that are hyperparameters."""
+    hypers = {name: _hyper(name, value) for name, value in values.items() if name in _SCALES}
+    with devices.on_host():
+        return hypers | {name: _hyper(name, value) for name, value in values.items() if name not in _SCALES}
+
+
 def _targets(given: dict[str, Any], n: int) -> dict[str, list[tf.Tensor]]:
     """The handles of lists of variables, each of length n; an empty list where there is none."""
     handles = {name: [] if given[name] is None else _handles(name, given[name]) for name in given}
@@ -106,7 +117,7 @@ def _make_apply(rule: reference.Rule, op: Callable[..., Any], hyper_names: list[
         values = {name: arguments[name] for name in hyper_names}
         values |= {} if stochastic else {"seed": 0}
         values |= {} if values["decay_lr"] is not None else {"decay_lr": values["lr"]}
-        hypers = {name: _hyper(name, value) for name, value in values.items()}
+        hypers = _hypers(values)
         return op(
             **targets,
             **_gradients(grads),
@@ -145,8 +156,7 @@ def norms(
     if not grads:
         return reference.Norms(tf.zeros(0, tf.float64), tf.zeros(0, tf.float64), tf.constant(True))
     hypers = {"grad_scale": grad_scale, "accumulation_scale": accumulation_scale, "l1": l1, "l2": l2}
-    values = {n: _hyper(n, x) for n, x in hypers.items()}
-    return reference.Norms(*raw_ops.wdops_norms(**targets, **_gradients(grads), **values, name=name))
+    return reference.Norms(*raw_ops.wdops_norms(**targets, **_gradients(grads), **_hypers(hypers), name=name))
 
 
 @as_it_is

@@ -11,7 +11,9 @@ from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps
-from tensorflow.python.ops import control_flow_util
+
+from wdops import devices
+from wdops._load import raw_ops
 
 _exportable = contextvars.ContextVar("exportable", default=False)
 
@@ -35,16 +37,13 @@ def pack(handles: list[tf.Tensor]) -> list[tf.Tensor]:
 
     XLA looks at every variable by itself; eagerly nothing is captured.
     """
-    graph = tf.compat.v1.get_default_graph()
     if len(handles) < 2 or tf.executing_eagerly() or _exportable.get():
         return handles
-    devices = {handle.device for handle in handles}
-    if any(map(tf.is_symbolic_tensor, handles)) or len(devices) > 1 or not devices.pop().endswith("device:CPU:0"):
+    places = {handle.device for handle in handles}
+    if any(map(tf.is_symbolic_tensor, handles)) or len(places) > 1 or devices.in_xla():
         return handles
-    if control_flow_util.GraphOrParentsInXlaContext(graph):
-        return handles
-    with tf.init_scope():
-        packed = tf.stack(handles)
+    with tf.init_scope(), tf.device(places.pop()):
+        packed = raw_ops.wdops_pack(handles)
     packed.packed_handles = handles
     return [packed]
 

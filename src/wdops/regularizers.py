@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.eager import record  # private: whether a GradientTape is open
 
-from wdops import hyperparameters, ops, reference
+from wdops import devices, hyperparameters, ops, reference
 from wdops.fused_step import FusedStep
 
 _FOLDED = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
@@ -48,7 +48,8 @@ class Penalties:
                   ("l1", "l2"))  # fmt: skip
         variables = [self.optimizer._trainable_variables[i] for i in index]
         values = [tf.convert_to_tensor(v) for v in variables]
-        if tf.distribute.has_strategy() or any("GPU" in value.device for value in values):
+        places = {variable.value.device for variable in variables}
+        if tf.distribute.has_strategy() or len(places) > 1 or not devices.has_kernels(places.pop()):
             found = tf.stack([reference.penalty(value, l1[k], l2[k]) for k, value in enumerate(values)])
         else:
             found = ops.norms(values, variables, l1=l1, l2=l2).penalty  # without a copy in float64

@@ -1,0 +1,139 @@
+// The kernels of the activation ops, up to where a device begins: inputs,
+// checks and outputs.
+#pragma once
+
+#include <cmath>
+
+#include "ops/activation.h"
+#include "ops/inputs.h"
+#include "tensorflow/core/framework/op_kernel.h"
+
+namespace wdops {
+
+// How a kernel sees an array.
+struct ActivationShape {
+  int64_t outer = 1, channels = 1, inner = 1;
+
+  int64_t Elements() const { return outer * channels * inner; }
+};
+
+// What the op and that of its gradient share.
+class ActivationOp : public tensorflow::OpKernel {
+ public:
+  explicit ActivationOp(tensorflow::OpKernelConstruction* ctx) : OpKernel(ctx) {
+    OP_REQUIRES_OK(ctx, MakeActivationInputs(ctx->def().op(), ctx, &inputs_));
+  }
+
+  void Compute(tensorflow::OpKernelContext* ctx) final {
+    double hyper[kMaxActivationHypers];
+    OP_REQUIRES_OK(ctx, Hypers(ctx, hyper));
+    OP_REQUIRES_OK(ctx, CheckAndRun(ctx, hyper));
+  }
+
+ protected:
+  virtual absl::Status CheckAndRun(tensorflow::OpKernelContext* ctx,
+                                   const double* hyper) = 0;
+
+  // Without a bias there is one channel.
+  absl::Status ShapeOf(const tensorflow::TensorShape& tensor,
+                       ActivationShape* shape) const {
+    if (!inputs_.biased) {
+      shape->inner = tensor.num_elements();
+      return absl::OkStatus();
+    }
+    int axis;
+    TF_RETURN_IF_ERROR(ChannelAxis(inputs_, tensor.dims(), &axis));
+    shape->channels = tensor.dim_size(axis);
+    for (int i = 0; i < axis; ++i) shape->outer *= tensor.dim_size(i);
+    for (int i = axis + 1; i < tensor.dims(); ++i) {
+      shape->inner *= tensor.dim_size(i);
+    }
+    return absl::OkStatus();
+  }
+
+  ActivationInputs inputs_;
+
+ private:
+  absl::Status Hypers(tensorflow::OpKernelContext* ctx, double* hyper) const {
+    for (int j = 0; j < inputs_.info->hypers.size; ++j) {
+      const tensorflow::Tensor& value = ctx->input(inputs_.Hyper(j));
+      const char* name = inputs_.info->hypers[j];
+      if (value.dims() > 0) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(name, " has shape ", value.shape().DebugString(),
+                         ", but must be a scalar"));
+      }
+      hyper[j] = value.scalar<double>()();
+      if (std::isfinite(hyper[j]) && hyper[j] >= 0) continue;
+      return absl::InvalidArgumentError(absl::StrCat(
+          name, " is ", ToString(hyper[j]), ", but must be finite and ",
+          "not negative: the gradient takes the sign of the input from that ",
+          "of the output"));
+    }
+    return absl::OkStatus();
+  }
+};
+
+class OutputOp : public ActivationOp {
+ public:
+  using ActivationOp::ActivationOp;
+
+ protected:
+  // Of an array that is not empty. `bias` is null where there is none; x may be
+  // the output.
+  virtual absl::Status Activate(tensorflow::OpKernelContext* ctx,
+                                const double* hyper,
+                                const ActivationShape& shape,
+                                const tensorflow::Tensor& x,
+                                const tensorflow::Tensor* bias,
+                                tensorflow::Tensor* output) const = 0;
+
+ private:
+  absl::Status CheckAndRun(tensorflow::OpKernelContext* ctx,
+                           const double* hyper) final {
+    const tensorflow::Tensor& x = ctx->input(0);
+    const tensorflow::Tensor* bias = inputs_.biased ? &ctx->input(1) : nullptr;
+    if (bias) TF_RETURN_IF_ERROR(CheckBias(inputs_, x.shape(), bias->shape()));
+    tensorflow::Tensor* output;
+    TF_RETURN_IF_ERROR(
+        ctx->forward_input_or_allocate_output({0}, 0, x.shape(), &output));
+    if (x.NumElements() == 0) return absl::OkStatus();
+    ActivationShape shape;
+    TF_RETURN_IF_ERROR(ShapeOf(x.shape(), &shape));
+    return Activate(ctx, hyper, shape, x, bias, output);
+  }
+};
+
+class GradOp : public ActivationOp {
+ public:
+  using ActivationOp::ActivationOp;
+
+ protected:
+  // The array may be empty. `bias_grad` is null where there is no bias; grad
+  // and output may be x_grad.
+  virtual absl::Status Differentiate(tensorflow::OpKernelContext* ctx,
+                                     const double* hyper,
+                                     const ActivationShape& shape,
+                                     const tensorflow::Tensor& grad,
+                                     const tensorflow::Tensor& output,
+                                     tensorflow::Tensor* x_grad,
+                                     tensorflow::Tensor* bias_grad) const = 0;
+
+ private:
+  absl::Status CheckAndRun(tensorflow::OpKernelContext* ctx,
+                           const double* hyper) final {
+    const tensorflow::Tensor &grad = ctx->input(0), &output = ctx->input(1);
+    TF_RETURN_IF_ERROR(CheckOutput(grad.shape(), output.shape()));
+    ActivationShape shape;
+    TF_RETURN_IF_ERROR(ShapeOf(output.shape(), &shape));
+    tensorflow::Tensor *x_grad, *bias_grad = nullptr;
+    TF_RETURN_IF_ERROR(ctx->forward_input_or_allocate_output(
+        {0, 1}, 0, output.shape(), &x_grad));
+    if (inputs_.biased) {
+      TF_RETURN_IF_ERROR(ctx->allocate_output(1, {shape.channels}, &bias_grad));
+    }
+    return Differentiate(ctx, hyper, shape, grad, output, x_grad, bias_grad);
+  }
+};
+
+}  // namespace wdops
