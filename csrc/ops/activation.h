@@ -1,4 +1,4 @@
-// The inputs of the activation ops, and the checks that CPU kernels, shape
+// The inputs of the activation ops, and the checks that kernels, shape
 // functions and XLA lowerings share.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The inputs of the ops, and the checks that CPU kernels, shape functions and
+// The inputs of the ops, and the checks that kernels, shape functions and
 // XLA lowerings share.
 #pragma once
 
