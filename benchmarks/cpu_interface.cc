@@ -267,8 +267,9 @@ int wdops_cuda_fill_steps(int rule, const void* host_table, const double* hyper,
 int64_t wdops_cuda_scratch_bytes(const void*) { return 0; }
 
 int wdops_cuda_apply(int rule, const void* host_table, const void*, void* steps,
-                     const double* grad_scale, const double* clip_scale,
-                     int clip_scales, double* penalty, void*, WdopsStream) {
+                     const double* grad_scale, int grad_scales,
+                     const double* clip_scale, int clip_scales, double* penalty,
+                     void*, WdopsStream) {
   const auto& table = *static_cast<const Table*>(host_table);
   const auto& given = *static_cast<const Steps*>(steps);
   const Kernels& kernels = *wdops_cpu_kernels();
@@ -277,7 +278,7 @@ int wdops_cuda_apply(int rule, const void* host_table, const void*, void* steps,
     const DType dtype = DTypeOf(v);
     const int layout = FindLayout(dtype, static_cast<DType>(v.slot_dtype));
     Hypers hyper = given.Of(i);
-    if (grad_scale) hyper.of[kGradScale] *= *grad_scale;
+    if (grad_scale) hyper.of[kGradScale] *= grad_scale[grad_scales ? i : 0];
     if (clip_scale) hyper.of[kClipScale] *= clip_scale[clip_scales ? i : 0];
     AnyStep step;
     kRules[rule].make_step[dtype](hyper.of, given.options, &step);
@@ -301,8 +302,9 @@ int wdops_cuda_apply(int rule, const void* host_table, const void*, void* steps,
 }
 
 int wdops_cuda_norms(const void* host_table, const void*, const void* steps,
-                     const double* grad_scale, double* norm, double* penalty,
-                     unsigned char* finite, void*, WdopsStream) {
+                     const double* grad_scale, int grad_scales, double* norm,
+                     double* penalty, unsigned char* finite, void*,
+                     WdopsStream) {
   const auto& table = *static_cast<const Table*>(host_table);
   const auto& given = *static_cast<const Steps*>(steps);
   const Kernels& kernels = *wdops_cpu_kernels();
@@ -311,7 +313,7 @@ int wdops_cuda_norms(const void* host_table, const void*, const void* steps,
     const WdopsVariable& v = table.Variables()[i];
     const DType dtype = DTypeOf(v);
     Hypers hyper = given.Of(i);
-    if (grad_scale) hyper.of[kGradScale] *= *grad_scale;
+    if (grad_scale) hyper.of[kGradScale] *= grad_scale[grad_scales ? i : 0];
     AnyStep step;
     kRules[0].make_step[dtype](hyper.of, {}, &step);
     const Sums sums = ForChunks(*Gathered(v), [&](const Chunk& chunk) {

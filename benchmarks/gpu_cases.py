@@ -262,14 +262,16 @@ class Case:
 
             variables = [target.variable(memory.at, tables) for target in self.targets]
             with Plan(library, variables, rule, self.hypers(tables), self.options) as plan:
+                grad_scales, clip_scales = (
+                    scale is not None and scale.stored.size > 1 for scale in (self.grad_scale, self.clip_scale)
+                )
                 if self.rule is None:
                     norm, penalty, finite = (at(self.outputs[name]) for name in ("norm", "penalty", "finite"))
-                    plan.norms(norm, penalty, finite, grad_scale=at(self.grad_scale))
+                    plan.norms(norm, penalty, finite, grad_scale=at(self.grad_scale), grad_scales=grad_scales)
                 else:
-                    clip_scales = self.clip_scale is not None and self.clip_scale.stored.size > 1
                     plan.apply(
-                        grad_scale=at(self.grad_scale), clip_scale=at(self.clip_scale), clip_scales=clip_scales,
-                        penalty=at(self.outputs.get("penalty")),
+                        grad_scale=at(self.grad_scale), grad_scales=grad_scales, clip_scale=at(self.clip_scale),
+                        clip_scales=clip_scales, penalty=at(self.outputs.get("penalty")),
                     )  # fmt: skip
             return memory.read()
 
@@ -298,7 +300,7 @@ class Case:
     def _hypers(self, i: int, target: Target) -> dict[str, float]:
         h = dict(target.hypers)
         if self.grad_scale is not None:
-            h["grad_scale"] *= float(self.grad_scale.stored[0])
+            h["grad_scale"] *= float(self.grad_scale.stored[i % self.grad_scale.stored.size])
         if self.clip_scale is not None:
             h["clip_scale"] *= float(self.clip_scale.stored[i % self.clip_scale.stored.size])
         return h
@@ -497,7 +499,7 @@ def steps(rule: str, tables: Tables, large: bool) -> Iterator[Case]:
             case.outputs["penalty"] = arena.add(np.zeros(len(targets)), "float64")
         if option.scales:
             count = len(targets) if option.scales > 1 else 1
-            case.grad_scale = arena.add(np.array([0.75]), "float64")
+            case.grad_scale = arena.add(0.5 + draw.random.random(count), "float64")
             case.clip_scale = arena.add(0.5 + draw.random.random(count), "float64")
         yield case
     yield _special(rule, tables)
@@ -548,7 +550,8 @@ def norms(tables: Tables) -> Iterator[Case]:
         case = Case(f"norms, {kind}" + (f" with {value} in {dtype}" if dtype else ""), None, arena, targets)
         case.outputs = {name: arena.add(np.full(len(targets), -1.0), "float64") for name in ("norm", "penalty")}
         case.outputs["finite"] = arena.add(np.full(1, 2), "bool")
-        case.grad_scale = arena.add(np.array([0.75]), "float64") if k % 2 else None
+        if k % 2:
+            case.grad_scale = arena.add(0.5 + draw.random.random(len(targets) if k % 4 == 1 else 1), "float64")
         yield case
 
 

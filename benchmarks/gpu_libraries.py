@@ -59,8 +59,8 @@ _FUNCTIONS = {
     "wdops_cuda_steps_bytes": (int64, [ctypes.c_int]),
     "wdops_cuda_fill_steps": (None, [ctypes.c_int, Pointer, Pointer, ctypes.c_int, ctypes.c_int, Pointer]),
     "wdops_cuda_scratch_bytes": (int64, [Pointer]),
-    "wdops_cuda_apply": (None, [ctypes.c_int, *[Pointer] * 5, ctypes.c_int, *[Pointer] * 3]),
-    "wdops_cuda_norms": (None, [Pointer] * 9),
+    "wdops_cuda_apply": (None, [ctypes.c_int, *[Pointer] * 4, ctypes.c_int, Pointer, ctypes.c_int, *[Pointer] * 3]),
+    "wdops_cuda_norms": (None, [*[Pointer] * 4, ctypes.c_int, *[Pointer] * 5]),
     "wdops_cuda_clip_scale": (None, [Pointer, ctypes.c_int, ctypes.c_double, Pointer, Pointer]),
     "wdops_cuda_activate": (None, [*_ACTIVATION, *[Pointer] * 4]),
     "wdops_cuda_activate_scratch_bytes": (int64, [int64] * 3),
@@ -205,19 +205,22 @@ class Plan:
         self,
         *,
         grad_scale: int | None = None,
+        grad_scales: bool = False,
         clip_scale: int | None = None,
         clip_scales: bool = False,
         penalty: int | None = None,
     ) -> None:
         """The arguments are addresses on the device."""
         self.library.apply(
-            self.rule, self.host_table.ctypes.data, self.table.at, self.steps.at, grad_scale, clip_scale, clip_scales,
-            penalty, self.scratch.at, self.library.stream,
+            self.rule, self.host_table.ctypes.data, self.table.at, self.steps.at, grad_scale, grad_scales, clip_scale,
+            clip_scales, penalty, self.scratch.at, self.library.stream,
         )  # fmt: skip
 
-    def norms(self, norm: int, penalty: int, finite: int, *, grad_scale: int | None = None) -> None:
+    def norms(
+        self, norm: int, penalty: int, finite: int, *, grad_scale: int | None = None, grad_scales: bool = False
+    ) -> None:
         self.library.norms(
-            self.host_table.ctypes.data, self.table.at, self.steps.at, grad_scale, norm, penalty, finite,
+            self.host_table.ctypes.data, self.table.at, self.steps.at, grad_scale, grad_scales, norm, penalty, finite,
             self.scratch.at, self.library.stream,
         )  # fmt: skip
 
