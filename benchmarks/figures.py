@@ -211,6 +211,19 @@ def scaling(results: Results) -> str:
     )
 
 
+def training(results: Results) -> str:
+    """Of each training what a step takes, how much of it is the optimizer's, and what it holds beside its variables."""
+    body = []
+    for table in results.suites["train"]:
+        first = next(iter(table.seconds.values()))
+        for rival, seconds in table.seconds.items():
+            peak = table.facts["peak bytes"].get(rival)
+            share = f"{100 * table.facts['share of the step'][rival]:.0f} %"
+            times = f"{digits(milliseconds(seconds))} ({ratio(seconds, first):.2f})"
+            body.append([table.title, rival, times, share, digits(peak / 1e6) if peak else ""])
+    return rows(["", "", "ms of a step (and times wdops)", "of which the optimizer's", "MB beside variables"], body)
+
+
 FIGURES: dict[str, Callable[[Results], str]] = {
     "machine": machine,
     "step": step,
@@ -224,6 +237,7 @@ FIGURES: dict[str, Callable[[Results], str]] = {
     "rules": rules,
     "grid": grid,
     "scaling": scaling,
+    "training": training,
 }
 
 

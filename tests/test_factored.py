@@ -84,7 +84,7 @@ def test_every_rule_matches_the_oracle(rule, mode):
         want, bound = oracle(rule, param, slots, grad, hypers)
         for name, list_, w, b in zip(names_of(rule), variables, want, bound, strict=True):
             # XLA may contract a product and a sum, and add up in another order, which a rule may magnify.
-            slack = 1 if mode != "jit" else 1.5 + 8 * len(pairs[i][0])
+            slack = 1 if mode not in ("jit", "hlo") else 1.5 + 8 * len(pairs[i][0])
             assert_within(list_[i].numpy(), w, b * slack, f"{name}[{i}]")
 
 
