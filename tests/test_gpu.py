@@ -15,6 +15,7 @@ from test_package import PACKAGE, copy_package, fails, python, run
 import wdops
 
 HERE = ROOT / "tests/cuda_on_cpu"
+# Only of the library as it is installed, which is not built where CMake finds no nvcc: what is in it is tested by g++.
 needs_nvcc = pytest.mark.skipif(wdops.build_info()["cuda"] is None, reason="no CUDA compiler was found")
 
 
