@@ -2,9 +2,7 @@
 // threads that share the work.
 #pragma once
 
-#include <algorithm>
-#include <atomic>
-
+#include "cpu/claims.h"
 #include "cpu/dispatch.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/platform/errors.h"
@@ -28,29 +26,13 @@ inline absl::Status FindKernels(const cpu::Kernels** kernels) {
 template <class Run>
 void Share(tensorflow::OpKernelContext* ctx, int64_t count, int64_t bytes,
            const Run& run) {
-  // A core moves about 8 bytes a cycle, and waking a thread costs as much as
-  // 2^17 cycles of sweeping.
   auto* pool = ctx->device()->tensorflow_cpu_worker_threads()->workers;
-  const int64_t threads =
-      std::min<int64_t>({pool->NumThreads(), count, 1 + (bytes / 8 >> 17)});
-  // Each thread claims a share of what is left: long runs at first, which the
-  // processor prefetches through, and single steps at the end, so that little
-  // is waited for where one thread is slow.
-  std::atomic<int64_t> claimed{0};
-  const auto work = [&](int64_t, int64_t) {
-    int64_t begin = claimed;
-    while (begin < count) {
-      const int64_t end =
-          begin + std::max<int64_t>(1, (count - begin) / (2 * threads));
-      if (!claimed.compare_exchange_weak(begin, end)) continue;
-      run(begin, end);
-      begin = claimed;
-    }
-  };
+  const int64_t threads = cpu::WorthWaking(pool->NumThreads(), count, bytes);
+  cpu::Claims claims(count, threads);
   if (count == 0) return;
   pool->ParallelFor(threads,
                     tensorflow::thread::ThreadPool::SchedulingParams::Fixed(1),
-                    work);
+                    [&](int64_t, int64_t) { claims.Work(run); });
 }
 
 }  // namespace wdops

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/add_up.h"
+#include "cpu/claims.h"
 #include "cpu/dispatch.h"
 #include "rules/table.h"
 #include "xla/ffi/api/ffi.h"
@@ -27,23 +28,18 @@ namespace ffi = xla::ffi;
 template <class Run>
 void Share(ffi::ThreadPool& pool, int64_t count, int64_t bytes,
            const Run& run) {
-  struct Progress {
-    std::atomic<int64_t> claimed{0}, done{0};
-  };
   const int64_t threads =
-      std::clamp<int64_t>(std::min(pool.num_threads(), 1 + (bytes / 8 >> 17)),
-                          1, std::max<int64_t>(1, count));
-  const auto progress = std::make_shared<Progress>();
-  const auto work = [progress, count, threads, &run] {
-    int64_t begin = progress->claimed;
-    while (begin < count) {
-      const int64_t end =
-          begin + std::max<int64_t>(1, (count - begin) / (2 * threads));
-      if (!progress->claimed.compare_exchange_weak(begin, end)) continue;
+      std::max<int64_t>(1, cpu::WorthWaking(pool.num_threads(), count, bytes));
+  struct Progress {
+    cpu::Claims claims;
+    std::atomic<int64_t> done{0};
+  };
+  const std::shared_ptr<Progress> progress(new Progress{{count, threads}});
+  const auto work = [progress, &run] {
+    progress->claims.Work([&](int64_t begin, int64_t end) {
       run(begin, end);
       progress->done += end - begin;
-      begin = progress->claimed;
-    }
+    });
   };
   for (int64_t t = 1; t < threads; ++t) pool.Schedule([work] { work(); });
   work();

@@ -1,0 +1,42 @@
+// How threads of whichever pool share the work of a kernel.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace wdops::cpu {
+
+// How many threads are worth waking for work that reads and writes so many
+// bytes in all: a core moves about 8 bytes a cycle, and waking a thread costs
+// as much as 2^17 cycles of sweeping.
+inline int64_t WorthWaking(int64_t most, int64_t count, int64_t bytes) {
+  return std::min<int64_t>({most, count, 1 + (bytes / 8 >> 17)});
+}
+
+// The pieces of [0, count). Each thread claims a share of what is left: long
+// runs at first, which the processor prefetches through, and single steps at
+// the end, so that little is waited for where one thread is slow.
+class Claims {
+ public:
+  Claims(int64_t count, int64_t threads) : count_(count), threads_(threads) {}
+
+  // Calls run(begin, end) for what this thread claims, until nothing is left.
+  template <class Run>
+  void Work(const Run& run) {
+    int64_t begin = claimed_;
+    while (begin < count_) {
+      const int64_t end =
+          begin + std::max<int64_t>(1, (count_ - begin) / (2 * threads_));
+      if (!claimed_.compare_exchange_weak(begin, end)) continue;
+      run(begin, end);
+      begin = claimed_;
+    }
+  }
+
+ private:
+  const int64_t count_, threads_;
+  std::atomic<int64_t> claimed_{0};
+};
+
+}  // namespace wdops::cpu
