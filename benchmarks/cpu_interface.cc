@@ -289,14 +289,13 @@ int wdops_cuda_apply(int rule, const void* host_table, const void*, void* steps,
       kRules[rule].set_trust[dtype](&step, TrustRatio(sums));
     }
     ForRuns(v, [&](const Chunk& chunk) {
-      kernels.sweep[rule][layout](&step, chunk);
+      kernels.sweep[rule][layout](&step, chunk, nullptr);
     });
     if (!penalty) continue;
-    const double l1 = hyper.of[kL1];
     const Sums sums = ForChunks(*Gathered(v), [&](const Chunk& chunk) {
-      return kernels.penalty[dtype](&l1, chunk);
+      return kernels.penalty[dtype](&step, chunk);
     });
-    penalty[i] = PenaltyOf(l1, hyper.of[kL2], sums.a, sums.b);
+    penalty[i] = PenaltyOf(hyper.of[kL1], hyper.of[kL2], sums.a, sums.b);
   }
   return kSuccess;
 }

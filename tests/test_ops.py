@@ -176,6 +176,31 @@ def test_accumulators_averages_and_the_penalty_of_one_pass(rule, dtype, mode):
         )
 
 
+@rules
+@pytest.mark.parametrize("with_lists", [False, True], ids=["plain", "lists"])
+def test_squares_that_the_sweep_adds_up_move_no_bit(rule, with_lists, isa):
+    """The sums have 64 lanes each, and blocks of 1024 elements."""
+    shapes = [(n,) for n in (0, 1, 8, 63, 64, 65, 127, 128, 1023, 1024, 1025, 1088, 16383, 16384, 16385, 40001)]
+    shapes = [shape for shape in shapes for _ in range(2)]
+    arrays = make(rule, ["float32", "float64"], shapes)
+    l2 = [0.1 * (i % 5) for i in range(len(shapes))]
+    hypers = own_hypers(rule) | TERMS | {"l1": 0.0, "l2": l2, "ema_momentum": 0.6}
+
+    def result(report_penalty):
+        variables, grads = to_variables(arrays)
+        more = [[tf.Variable(g) for g in grads] for _ in range(2)] if with_lists else []
+        lists = dict(zip(("accumulator", "average"), more, strict=False))
+        penalty = apply(rule, variables, grads, **hypers, **lists, report_penalty=report_penalty)
+        return penalty, variables[0], [x.numpy().tobytes() for list_ in (*variables, *more) for x in list_]
+
+    (_, _, want), (penalty, params, got) = result(False), result(True)
+    assert got == want
+    no_grads = [tf.zeros_like(p) for p in params]
+    np.testing.assert_array_equal(penalty, wdops.ops.norms(no_grads, params, l2=l2).penalty)
+    squares = [np.sum(p.numpy().astype(np.float64) ** 2) for p in params]
+    np.testing.assert_allclose(penalty, np.multiply(l2, squares), rtol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["graph", "jit", "hlo"])
 def test_stochastic_rounding_has_the_bits_of_the_kernel(mode):
     param, m, v, grad = random_case("adam", "bfloat16", 20001)

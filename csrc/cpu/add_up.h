@@ -6,6 +6,14 @@
 namespace wdops::cpu {
 namespace {
 
+// The rest of the tree, once every term is in its lane.
+inline double AddLanes(double* lanes) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
 // Adds up each number of the array term(i) for every i below n.
 template <class Term>
 Sums AddUp(int64_t n, const Term& term) {
@@ -23,14 +31,7 @@ Sums AddUp(int64_t n, const Term& term) {
   }
   for (int lane = 0; i + lane < n; ++lane) add(i + lane, lane);
   double total[4] = {};
-  for (int t = 0; t < kTerms; ++t) {
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int lane = 0; lane < half; ++lane) {
-        sums[t][lane] += sums[t][lane + half];
-      }
-    }
-    total[t] = sums[t][0];
-  }
+  for (int t = 0; t < kTerms; ++t) total[t] = AddLanes(sums[t]);
   return {total[0], total[1], total[2], total[3]};
 }
 

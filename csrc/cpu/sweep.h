@@ -23,8 +23,9 @@ struct Chunk {
 };
 
 // Steps a chunk in place. `step` is a Step<Rule, Compute<T>> made by
-// RuleInfo::make_step.
-using Sweep = void (*)(const void* step, const Chunk&);
+// RuleInfo::make_step. `penalty`: where not null, gets what `Kernels::penalty`
+// makes of the new parameter.
+using Sweep = void (*)(const void* step, const Chunk&, Sums* penalty);
 
 // Sums over a chunk.
 using Sum = Sums (*)(const void* step, const Chunk&);
@@ -47,8 +48,8 @@ struct Kernels {
   // float64 0, or NaN if an element is not finite. `step` is that of any rule.
   // Per dtype.
   std::array<Sum, kDTypeCount> gradient;
-  // a: of |param|, b: of its squares. `step` is l1, a double: if it is 0, so is
-  // a. Per dtype.
+  // a: of |param|, or 0 where l1 is; b: of its squares, or 0 where both are.
+  // `step` is that of any rule. Per dtype.
   std::array<Sum, kDTypeCount> penalty;
   const std::array<FactoredKernels, kDTypeCount>* factored;
   const ActivationKernels* activations;

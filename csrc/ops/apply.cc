@@ -78,11 +78,10 @@ class ApplyCpu : public ApplyOp {
           const Target& target = targets[i];
           CopyChunk(vars, sources, i, begin, n);
           const cpu::Chunk chunk = ChunkOf(vars, i, begin, n, grad);
-          kernels->sweep[rule][target.layout](target.step, chunk);
-          if (report_penalty_) {
-            const double* l1 = hypers.Of(i) + kL1;
-            sums[c] += kernels->penalty[target.dtype](l1, chunk);
-          }
+          Sums of_run;
+          kernels->sweep[rule][target.layout](
+              target.step, chunk, report_penalty_ ? &of_run : nullptr);
+          if (report_penalty_) sums[c] += of_run;
         });
     for (int i = 0; report_penalty_ && i < inputs_.n; ++i) {
       const Sums sum = grads.SumOver(i, sums);

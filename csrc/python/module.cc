@@ -162,7 +162,7 @@ void Apply(const std::string& rule_name, const py::array& param,
     rule->set_trust[dtype](&step, TrustRatio(sums));
   }
   ForChunks(arrays.n(), [&](int64_t begin, int64_t n) {
-    kernels.sweep[r][layout](&step, chunk_of(begin, n));
+    kernels.sweep[r][layout](&step, chunk_of(begin, n), nullptr);
     return Sums();
   });
 }

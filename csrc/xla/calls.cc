@@ -136,7 +136,6 @@ class Steps {
     const std::vector<double>& hyper = hypers_[shared_ ? 0 : i];
     return PenaltyOf(hyper[kL1], hyper[kL2], absolute, squares);
   }
-  double L1(int i) const { return hypers_[shared_ ? 0 : i][kL1]; }
 
  private:
   bool shared_;
@@ -230,14 +229,11 @@ ffi::Error Apply(ffi::ThreadPool pool, int32_t first, int32_t n, int32_t rule,
     }
   }
   std::vector<Sums> sums = chunks.ForSums();
-  chunks.ForEach(pool, 2 * lists - 1,
-                 [&](int i, int64_t c, int64_t begin, int64_t size) {
-                   const cpu::Chunk chunk = chunk_of(i, begin, size);
-                   kernels.sweep[rule][layout_of(i)](step_of(i), chunk);
-                   if (!report_penalty) return;
-                   const double l1 = steps.L1(i);
-                   sums[c] = kernels.penalty[operands.TypeOf(0, i)](&l1, chunk);
-                 });
+  chunks.ForEach(
+      pool, 2 * lists - 1, [&](int i, int64_t c, int64_t begin, int64_t size) {
+        kernels.sweep[rule][layout_of(i)](step_of(i), chunk_of(i, begin, size),
+                                          report_penalty ? &sums[c] : nullptr);
+      });
   if (!report_penalty) return ffi::Error::Success();
   double* penalty = static_cast<double*>(
       (*rets.get<ffi::AnyBuffer>(grad * n))->untyped_data());
