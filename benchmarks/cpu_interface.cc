@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/activation.h"
+#include "cpu/activate.h"
 #include "cpu/add_up.h"
 #include "cpu/factored.h"
 #include "cpu/float_mode.h"
@@ -181,6 +181,17 @@ std::string Listed(const List& list, const Item& item) {
   return "[" + text + "]";
 }
 
+// Without a bias there is one channel.
+ActivationShape ShapeOf(int64_t outer, int64_t channels, int64_t inner,
+                        const void* bias) {
+  if (bias) return {outer, channels, inner};
+  return {1, 1, outer * channels * inner};
+}
+
+constexpr auto Alone = [](int64_t count, int64_t, const auto& run) {
+  run(0, count);
+};
+
 }  // namespace
 }  // namespace wdops::cpu
 
@@ -338,26 +349,11 @@ int wdops_cuda_activate(int activation, int dtype, const double* hyper,
                         int64_t outer, int64_t channels, int64_t inner,
                         const void* x, const void* bias, void* output,
                         WdopsStream) {
-  if (outer * channels * inner == 0) return kSuccess;
-  const Blocks blocks = bias ? Blocks(outer, channels, inner)
-                             : Blocks(1, 1, outer * channels * inner);
-  const int64_t size = kDTypeBytes[dtype];
-  std::vector<char> repeated;  // the bias of each element of a period
-  if (bias && !blocks.Uniform()) {
-    repeated.resize(blocks.Period() * size);
-    for (int64_t i = 0; i < blocks.Period(); ++i) {
-      memcpy(&repeated[i * size], At(bias, blocks.ChannelAt(i), dtype), size);
-    }
-  }
-  for (int64_t block = 0; block < blocks.Count(); ++block) {
-    const Rows rows = blocks.At(block);
-    const void* entry = blocks.Uniform()
-                            ? At(bias, blocks.ChannelAt(rows.begin), dtype)
-                            : At(repeated.data(), blocks.Column(block), dtype);
-    wdops_cpu_kernels()->activations->output[activation][dtype](
-        hyper, rows, At(x, rows.begin, dtype), entry, blocks.Uniform(),
-        At(output, rows.begin, dtype));
-  }
+  const ActivationShape shape = ShapeOf(outer, channels, inner, bias);
+  if (shape.Elements() == 0) return kSuccess;
+  ActivateAll(wdops_cpu_kernels()->activations->output[activation][dtype],
+              hyper, shape, static_cast<DType>(dtype), At(x, 0, dtype),
+              At(bias, 0, dtype), At(output, 0, dtype), Alone);
   return kSuccess;
 }
 
@@ -369,46 +365,11 @@ int wdops_cuda_activate_grad(int activation, int dtype, const double* hyper,
                              int64_t outer, int64_t channels, int64_t inner,
                              const void* grad, const void* output, void* x_grad,
                              void* bias_grad, void*, WdopsStream) {
-  const ActivateGrad gradient =
-      wdops_cpu_kernels()->activations->gradient[activation][dtype];
-  std::vector<double> totals(channels);
-  if (outer * channels * inner > 0) {
-    const Blocks blocks = bias_grad ? Blocks(outer, channels, inner)
-                                    : Blocks(1, 1, outer * channels * inner);
-    std::vector<double> sums(blocks.SumCount());
-    for (int64_t block = 0; block < blocks.Count(); ++block) {
-      Rows rows = blocks.At(block);
-      const int64_t begin = rows.begin;
-      const auto run = [&](double* column_sums) {
-        gradient(hyper, rows, At(grad, begin, dtype), At(output, begin, dtype),
-                 At(x_grad, begin, dtype), column_sums);
-      };
-      if (!bias_grad) {
-        run(nullptr);
-      } else if (blocks.Uniform()) {
-        sums[blocks.FirstSum(block)] = SumOfColumns(&rows, run);
-      } else {
-        run(&sums[blocks.FirstSum(block)]);
-      }
-    }
-    for (size_t i = 0; bias_grad && i < sums.size(); ++i) {
-      const int64_t element =
-          blocks.Uniform() ? blocks.At(i).begin : i % blocks.Period();
-      totals[blocks.ChannelAt(element)] += sums[i];
-    }
-  }
-  if (!bias_grad) return kSuccess;
-  const FloatMode mode;
-  for (int64_t c = 0; c < channels; ++c) {
-    switch (dtype) {
-#define DTYPE(name, Type)                        \
-  case k_##name:                                 \
-    Store(static_cast<Compute<Type>>(totals[c]), \
-          static_cast<Type*>(bias_grad) + c);    \
-    break;
-#include "rules/dtypes.inc"
-    }
-  }
+  DifferentiateAll(
+      wdops_cpu_kernels()->activations->gradient[activation][dtype], hyper,
+      ShapeOf(outer, channels, inner, bias_grad), static_cast<DType>(dtype),
+      At(grad, 0, dtype), At(output, 0, dtype), At(x_grad, 0, dtype),
+      At(bias_grad, 0, dtype), Alone);
   return kSuccess;
 }
 

@@ -1,9 +1,5 @@
 // The ops of activations behind a bias, and of their gradients: one pass each.
-#include "cpu/activation.h"
-
-#include <vector>
-
-#include "cpu/float_mode.h"
+#include "cpu/activate.h"
 #include "ops/activation_ops.h"
 #include "ops/kernel.h"
 #include "tensorflow/core/framework/op.h"
@@ -14,12 +10,13 @@ namespace {
 
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
-using tensorflow::TensorShape;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-Blocks BlocksOf(const ActivationShape& shape) {
-  return Blocks(shape.outer, shape.channels, shape.inner);
+auto ShareOf(OpKernelContext* ctx) {
+  return [ctx](int64_t count, int64_t bytes, const auto& run) {
+    Share(ctx, count, bytes, run);
+  };
 }
 
 class OutputCpu : public OutputOp {
@@ -32,47 +29,13 @@ class OutputCpu : public OutputOp {
                         const Tensor* bias, Tensor* output) const override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    const Blocks blocks = BlocksOf(shape);
     const DType dtype = FromTensorFlow(x.dtype());
-    const int64_t size = kDTypeBytes[dtype];
-    const Tensor biases = bias ? Repeated(*bias, blocks) : Tensor();
-    const cpu::Activate activate =
-        kernels->activations->output[inputs_.activation][dtype];
-    Share(ctx, blocks.Count(), 2 * x.TotalBytes(),
-          [&](int64_t block, int64_t end) {
-            for (; block < end; ++block) {
-              const Rows rows = blocks.At(block);
-              const int64_t entry = blocks.Uniform()
-                                        ? blocks.ChannelAt(rows.begin)
-                                        : blocks.Column(block);
-              activate(hyper, rows, Data(x) + rows.begin * size,
-                       bias ? Data(biases) + entry * size : nullptr,
-                       blocks.Uniform(), Data(*output) + rows.begin * size);
-            }
-          });
+    cpu::ActivateAll(kernels->activations->output[inputs_.activation][dtype],
+                     hyper, shape, dtype, Data(x), bias ? Data(*bias) : nullptr,
+                     Data(*output), ShareOf(ctx));
     return absl::OkStatus();
   }
-
-  // The bias of each element of a period, where a block has rows of them.
-  static Tensor Repeated(const Tensor& bias, const Blocks& blocks) {
-    const int64_t period = blocks.Period();
-    if (blocks.Uniform() || bias.NumElements() == period) return bias;
-    Tensor repeated(bias.dtype(), TensorShape({period}));
-    const int64_t size = DataTypeSize(bias.dtype());
-    for (int64_t i = 0; i < period; ++i) {
-      memcpy(Data(repeated) + i * size, Data(bias) + blocks.ChannelAt(i) * size,
-             size);
-    }
-    return repeated;
-  }
 };
-
-template <class T>
-void StoreTotals(const std::vector<double>& totals, Tensor* to) {
-  const cpu::FloatMode mode;
-  T* entry = static_cast<T*>(to->data());
-  for (double total : totals) Store(static_cast<Compute<T>>(total), entry++);
-}
 
 class GradCpu : public GradOp {
  public:
@@ -85,53 +48,12 @@ class GradCpu : public GradOp {
                              Tensor* bias_grad) const override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    std::vector<double> totals(bias_grad ? shape.channels : 0);
-    if (shape.Elements() > 0) {
-      Sweep(ctx, kernels->activations->gradient[inputs_.activation], hyper,
-            BlocksOf(shape), grad, output, x_grad, &totals);
-    }
-    if (!bias_grad) return absl::OkStatus();
-    switch (FromTensorFlow(output.dtype())) {
-#define DTYPE(name, Type)                 \
-  case k_##name:                          \
-    StoreTotals<Type>(totals, bias_grad); \
-    break;
-#include "rules/dtypes.inc"
-      case kDTypeCount:
-        break;
-    }
+    const DType dtype = FromTensorFlow(output.dtype());
+    cpu::DifferentiateAll(
+        kernels->activations->gradient[inputs_.activation][dtype], hyper, shape,
+        dtype, Data(grad), Data(output), Data(*x_grad),
+        bias_grad ? Data(*bias_grad) : nullptr, ShareOf(ctx));
     return absl::OkStatus();
-  }
-
-  template <class PerDType>
-  void Sweep(OpKernelContext* ctx, const PerDType& kernels, const double* hyper,
-             const Blocks& blocks, const Tensor& grad, const Tensor& y,
-             Tensor* x_grad, std::vector<double>* totals) const {
-    const DType dtype = FromTensorFlow(y.dtype());
-    const int64_t size = kDTypeBytes[dtype];
-    const cpu::ActivateGrad activate = kernels[dtype];
-    std::vector<double> sums(inputs_.biased ? blocks.SumCount() : 0);
-    Share(ctx, blocks.Count(), 3 * y.TotalBytes(),
-          [&](int64_t block, int64_t end) {
-            for (; block < end; ++block) {
-              Rows rows = blocks.At(block);
-              const int64_t at = rows.begin * size;
-              const auto run = [&](double* column_sums) {
-                activate(hyper, rows, Data(grad) + at, Data(y) + at,
-                         Data(*x_grad) + at, column_sums);
-              };
-              if (!inputs_.biased) {
-                run(nullptr);
-              } else if (blocks.Uniform()) {
-                sums[blocks.FirstSum(block)] = cpu::SumOfColumns(&rows, run);
-              } else {
-                run(&sums[blocks.FirstSum(block)]);
-              }
-            }
-          });
-    for (size_t i = 0; i < sums.size(); ++i) {
-      (*totals)[i / blocks.SumRun() % totals->size()] += sums[i];
-    }
   }
 };
 

@@ -6,16 +6,10 @@
 
 #include "ops/activation.h"
 #include "ops/inputs.h"
+#include "rules/blocks.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace wdops {
-
-// How a kernel sees an array.
-struct ActivationShape {
-  int64_t outer = 1, channels = 1, inner = 1;
-
-  int64_t Elements() const { return outer * channels * inner; }
-};
 
 // What the op and that of its gradient share.
 class ActivationOp : public tensorflow::OpKernel {

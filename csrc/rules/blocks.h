@@ -101,4 +101,12 @@ class Blocks {
   int64_t across_, down_;            // blocks
 };
 
+// How a kernel of an activation sees an array.
+struct ActivationShape {
+  int64_t outer = 1, channels = 1, inner = 1;
+
+  int64_t Elements() const { return outer * channels * inner; }
+  Blocks InBlocks() const { return Blocks(outer, channels, inner); }
+};
+
 }  // namespace wdops

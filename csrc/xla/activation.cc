@@ -1,4 +1,7 @@
-// The activation ops under jit_compile=True.
+// The activation ops under jit_compile=True. On a CPU too they are HLO, unlike
+// the steps: calls of the kernels were 12 % faster on 64 M elements alone, but
+// in a model, whose other elementwise ops XLA fuses with these, up to 16 %
+// slower.
 #include "ops/activation.h"
 
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
