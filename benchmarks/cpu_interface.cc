@@ -304,9 +304,9 @@ int wdops_cuda_apply(int rule, const void* host_table, const void*, void* steps,
     });
     if (!penalty) continue;
     const Sums sums = ForChunks(*Gathered(v), [&](const Chunk& chunk) {
-      return kernels.penalty[dtype](&step, chunk);
+      return kernels.gradient[dtype](&step, chunk);
     });
-    penalty[i] = PenaltyOf(hyper.of[kL1], hyper.of[kL2], sums.a, sums.b);
+    penalty[i] = PenaltyOf(hyper.of[kL1], hyper.of[kL2], sums.b, sums.c);
   }
   return kSuccess;
 }

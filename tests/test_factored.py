@@ -52,12 +52,13 @@ def stepped(rule, arrays, grad, **hypers):
 # --- the ops -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("l1", [TERMS["l1"], 0.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
-def test_the_same_bits_as_the_product(isa, dtype, shape):
+def test_the_same_bits_as_the_product(isa, dtype, shape, l1):
     x, dz = factors(dtype, *shape)
     arrays = [a.reshape(shape[1:]) for a in random_case("adam", dtype, shape[1] * shape[2])[:-1]]
-    hypers = own_hypers("adam") | TERMS
+    hypers = own_hypers("adam") | TERMS | {"l1": l1}
     got, penalty = stepped("adam", arrays, FactoredGradient(x, dz), **hypers)
     want, of_product = stepped("adam", arrays, product(x, dz), **hypers)
     for name, g, w in zip(names_of("adam"), got, want, strict=True):

@@ -177,21 +177,25 @@ def test_accumulators_averages_and_the_penalty_of_one_pass(rule, dtype, mode):
 
 
 @rules
-@pytest.mark.parametrize("with_lists", [False, True], ids=["plain", "lists"])
-def test_squares_that_the_sweep_adds_up_move_no_bit(rule, with_lists, isa):
+@pytest.mark.parametrize("lists", ["", "accumulator", "average", "accumulator average"])
+def test_squares_that_the_sweep_adds_up_move_no_bit(rule, lists, isa):
     """The sums have 64 lanes each, and blocks of 1024 elements."""
     shapes = [(n,) for n in (0, 1, 8, 63, 64, 65, 127, 128, 1023, 1024, 1025, 1088, 16383, 16384, 16385, 40001)]
     shapes = [shape for shape in shapes for _ in range(2)]
     arrays = make(rule, ["float32", "float64"], shapes)
     l2 = [0.1 * (i % 5) for i in range(len(shapes))]
-    hypers = own_hypers(rule) | TERMS | {"l1": 0.0, "l2": l2, "ema_momentum": 0.6}
+    overwrite = [float(i % 4 < 2) for i in range(len(shapes))]
+    hypers = own_hypers(rule) | TERMS | {"l1": 0.0, "l2": l2, "ema_momentum": 0.6, "ema_overwrite": overwrite}
 
     def result(report_penalty):
         variables, grads = to_variables(arrays)
-        more = [[tf.Variable(g) for g in grads] for _ in range(2)] if with_lists else []
-        lists = dict(zip(("accumulator", "average"), more, strict=False))
-        penalty = apply(rule, variables, grads, **hypers, **lists, report_penalty=report_penalty)
-        return penalty, variables[0], [x.numpy().tobytes() for list_ in (*variables, *more) for x in list_]
+        # Some slots of float32 are bfloat16.
+        for slot in variables[1:]:
+            slot[::6] = [tf.Variable(tf.cast(x, tf.bfloat16)) for x in slot[::6]]
+        more = {name: [tf.Variable(g) for g in grads] for name in lists.split()}
+        penalty = apply(rule, variables, grads, **hypers, **more, report_penalty=report_penalty)
+        every = [x for list_ in (*variables, *more.values()) for x in list_]
+        return penalty, variables[0], [x.numpy().tobytes() for x in every]
 
     (_, _, want), (penalty, params, got) = result(False), result(True)
     assert got == want
@@ -199,6 +203,24 @@ def test_squares_that_the_sweep_adds_up_move_no_bit(rule, with_lists, isa):
     np.testing.assert_array_equal(penalty, wdops.ops.norms(no_grads, params, l2=l2).penalty)
     squares = [np.sum(p.numpy().astype(np.float64) ** 2) for p in params]
     np.testing.assert_allclose(penalty, np.multiply(l2, squares), rtol=1e-12)
+
+
+@modes
+@pytest.mark.parametrize("lists", ["", "accumulator"])
+@pytest.mark.parametrize("scaled_proximal", [False, True])
+def test_nothing_overwrites_a_variable_without_an_average(mode, lists, scaled_proximal):
+    def result(ema_overwrite):
+        param, v, grad, accumulator = (tf.Variable([0.5, -2.0, 3.0]) for _ in range(4))
+        more = {name: accumulator for name in lists.split()}
+        MODES[mode](
+            lambda: wdops.ops.apply_adagrad(
+                param, v, tf.convert_to_tensor(grad), lr=0.1, l2=0.1, proximal_l1=0.1, report_penalty=True,
+                scaled_proximal=scaled_proximal, ema_overwrite=ema_overwrite, **more,
+            )
+        )()  # fmt: skip
+        return param.numpy()
+
+    np.testing.assert_array_equal(result(True), result(False))
 
 
 @pytest.mark.parametrize("mode", ["graph", "jit", "hlo"])
@@ -214,7 +236,7 @@ def test_stochastic_rounding_has_the_bits_of_the_kernel(mode):
 
 
 @rules
-@pytest.mark.parametrize("terms", ["scalars", "vectors", "options"])
+@pytest.mark.parametrize("terms", ["scalars", "vectors", "options", "squares"])
 def test_xla_calls_the_kernels_and_has_their_bits(rule, terms):
     """In a list that is longer than one call takes, whose variables alone do not fill a chunk."""
     arrays = make(rule, list(DTYPES), SHAPES * 8)
@@ -222,6 +244,8 @@ def test_xla_calls_the_kernels_and_has_their_bits(rule, terms):
     hypers = own_hypers(rule) | TERMS if terms == "scalars" else vector(rule, n)
     if terms == "options":
         hypers |= {"ema_momentum": 0.6, "seed": 7, "scaled_proximal": True}
+    if terms == "squares":
+        hypers |= {"l1": 0.0}
 
     def result(mode):
         variables, grads = to_variables(arrays)

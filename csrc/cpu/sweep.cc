@@ -77,11 +77,16 @@ void SweepPlain(const Step<Rule, Compute<T>> given, const Chunk& chunk) {
 // and the squares of the parameter are added up.
 template <bool kStochastic, bool kScaled, bool kSquares,
           template <class> class Rule, class T, class SlotT>
-void SweepFull(const Step<Rule, Compute<T>> step, const Chunk& chunk,
-               int64_t begin, int64_t end, double* squares = nullptr) {
+void SweepFull(Step<Rule, Compute<T>> step, const Chunk& chunk, int64_t begin,
+               int64_t end, double* squares = nullptr) {
+  if (begin == end) return;
   using S = Compute<T>;
   constexpr int kSlots = Step<Rule, S>::kSlots;
+  static_assert(kBlock % kLanes == 0);
   T no_accumulator[kBlock] = {}, no_average[kBlock] = {};
+  // What stands for a list that there is not must not count.
+  if (!chunk.accumulator) step.accumulation_scale = 0;
+  if (!chunk.average) step.ema_overwrite = 0;
   const uint32_t high = static_cast<uint64_t>(chunk.begin) >> 32;
   for (; begin < end; begin += kBlock) {
     Arrays<T, SlotT, kSlots> a(chunk, begin);
@@ -303,10 +308,6 @@ constexpr Kernels kKernels = {WDOPS_ISA,
                               },
                               {
 #define DTYPE(name, Type) &GradientSums<Type>,
-#include "rules/dtypes.inc"
-                              },
-                              {
-#define DTYPE(name, Type) &PenaltySums<Type>,
 #include "rules/dtypes.inc"
                               },
                               &kFactoredKernels,

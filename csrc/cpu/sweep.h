@@ -23,8 +23,9 @@ struct Chunk {
 };
 
 // Steps a chunk in place. `step` is a Step<Rule, Compute<T>> made by
-// RuleInfo::make_step. `penalty`: where not null, gets what `Kernels::penalty`
-// makes of the new parameter.
+// RuleInfo::make_step. `penalty`: where not null, gets the sums of the new
+// parameter, a: of |param|, or 0 where l1 is; b: of its squares, or 0 where l1
+// and l2 are, in the step's type.
 using Sweep = void (*)(const void* step, const Chunk&, Sums* penalty);
 
 // Sums over a chunk.
@@ -44,13 +45,10 @@ struct Kernels {
   // Direction; null where it has none. Writes nothing.
   std::array<SumPerLayout, kRuleCount> trust;
   // a: of the squares of the gradient, with accumulator and penalty where there
-  // is a param; b and c: the sums of `penalty`, where there is one; d: in
+  // is a param; b and c: the sums that a Sweep gives, of this param; d: in
   // float64 0, or NaN if an element is not finite. `step` is that of any rule.
   // Per dtype.
   std::array<Sum, kDTypeCount> gradient;
-  // a: of |param|, or 0 where l1 is; b: of its squares, or 0 where both are.
-  // `step` is that of any rule. Per dtype.
-  std::array<Sum, kDTypeCount> penalty;
   const std::array<FactoredKernels, kDTypeCount>* factored;
   const ActivationKernels* activations;
   const StreamKernels* streams;

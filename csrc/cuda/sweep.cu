@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     __syncthreads();
   }
   const bool scaled = kRate && step.options.scaled_proximal;
-  const bool full = scaled || v.accumulator || v.average;
   const S* const tile = v.IsFactored() ? FormTile<S>(v, piece) : nullptr;
 
 #pragma unroll 1
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     } else {
       total = Convert<S>(v.dtype, raw_grad);
     }
-    if (full) {
+    if (v.accumulator) {
       const auto accumulator = Convert<S>(v.dtype, raw_accumulator);
       for (int w = 0; w < kWidth<S>; ++w) {
         total.of[w] = step.Total(param.of[w], total.of[w], accumulator.of[w]);
@@ -135,21 +134,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
       const auto raw = Convert(v.slot_dtype, slot[k], rounding, k);
       StoreRaw(v.slot_bytes, raw, v.slot[k], at);
     }
-    if (full) {
-      Vector<S> average = {};
-      if (v.average) {
-        average = Convert<S>(v.dtype, LoadRaw<S>(v.bytes, v.average, at));
-      }
+    if (v.average) {
+      auto average = Convert<S>(v.dtype, LoadRaw<S>(v.bytes, v.average, at));
       for (int w = 0; w < kWidth<S>; ++w) {
         step.Average(param.of[w], average.of[w]);
       }
-      if (v.average) {
-        const auto raw = Convert(v.dtype, average, rounding, 1 + kSlots);
-        StoreRaw(v.bytes, raw, v.average, at);
-      }
-      if (v.accumulator) {
-        StoreRaw(v.bytes, Raw<S>{}, v.accumulator, at);  // 0 in every type
-      }
+      const auto raw = Convert(v.dtype, average, rounding, 1 + kSlots);
+      StoreRaw(v.bytes, raw, v.average, at);
+    }
+    if (v.accumulator) {
+      StoreRaw(v.bytes, Raw<S>{}, v.accumulator, at);  // 0 in every type
     }
     const auto raw = Convert(v.dtype, param, rounding, kSlots);
     StoreRaw(v.bytes, raw, v.param, at);
