@@ -220,7 +220,7 @@ def in_turn(
     bytes_per_element: dict[str, float] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Table:
-    """Times all in turn, after a first call that is not counted.
+    """Times all in turn, after a first call that is not counted, and in each round one of the last rival's.
 
     A round in which others took a noticeable part of the machine is repeated once they leave off, for as many seconds
     as `settings.patience` says; then the quietest rounds count. The fact `others` is the part they took in the worst.
