@@ -153,3 +153,52 @@ def assert_within(got, want, bound, name):
 
 def names_of(rule):
     return ["var", *reference.RULES[rule].slots]
+
+
+# ---- a product of factors
+
+
+def two_sum(a, b):
+    """The sum, and what its rounding lost."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+def sum_to_odd(a, b):
+    """In float64, with the last bit set where it is not exact: rounded once more, it is as if only that were done."""
+    total, lost = two_sum(a, b)
+    even = total.view(np.int64) & 1 == 0
+    return np.where((lost != 0) & even, np.nextafter(total, np.copysign(np.inf, lost)), total)
+
+
+def two_product(a, b):
+    """The product in float64, and what its rounding lost (Dekker 1971)."""
+
+    def halves(x):
+        high = 134217729.0 * x
+        high -= high - x
+        return high, x - high
+
+    (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
+    product = a * b
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def fused(a, b, c):
+    """a*b + c, rounded once, in float32 or float64 (Boldo and Melquiond, IEEE Trans. Comp. 57(4), 2008)."""
+    if c.dtype == np.float32:
+        return sum_to_odd(np.float64(a) * b, np.float64(c)).astype(np.float32)
+    product, lost = two_product(a, b)
+    low, lower = two_sum(c, lost)
+    high, rest = two_sum(product, low)
+    return high + sum_to_odd(lower, rest)
+
+
+def product_of(x, dz):
+    """x^T dz as it is promised: in float32, or float64, added up over the batch in its order, then stored."""
+    compute = np.float64 if x.dtype == np.float64 else np.float32
+    total = np.zeros((x.shape[1], dz.shape[1]), compute)
+    for of_x, of_dz in zip(x.astype(compute), dz.astype(compute), strict=True):
+        total = fused(of_x[:, None], of_dz, total)
+    return total.astype(x.dtype)

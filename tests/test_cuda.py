@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DTYPES, LAYOUTS, TERMS, own_hypers, random_case
+from conftest import DTYPES, LAYOUTS, TERMS, own_hypers, product_of, random_case
 
 import wdops
 from wdops import reference
@@ -372,15 +372,6 @@ def test_sparse_rows(library, rule, layout, width):
                 assert_same_bits(got, before, name)
 
 
-def product(x, dz):
-    """x^T dz, added up over the batch in its order."""
-    wide = np.float64 if x.dtype == np.float64 else np.float32
-    total = np.zeros((x.shape[1], dz.shape[1]), wide)
-    for x_row, dz_row in zip(x.astype(wide), dz.astype(wide), strict=True):
-        total += x_row[:, None] * dz_row
-    return total.astype(x.dtype).reshape(-1)
-
-
 # Tiles that are not full, in either direction; a batch of none, of one panel and of more.
 FACTORED_SHAPES = [(0, 3, 5), (1, 1, 1), (16, 64, 64), (17, 65, 31), (40, 3, 130), (5, 129, 68), (3, 0, 4), (3, 4, 0)]
 
@@ -398,7 +389,7 @@ def test_factored_gradients(library, rule, layout):
         del stepped["grad"]
         if batch == 0:
             del stepped["x"], stepped["dz"]
-        cases.append({**case, "grad": product(x, dz)})
+        cases.append({**case, "grad": product_of(x, dz).reshape(-1)})
         variables.append(stepped)
     hypers = [every_hyper(rule, {**TERMS, "ema_momentum": 0.75, "l1": i / 8}) for i in range(len(cases))]
     call = Call(library, [variable_of(**v) for v in variables])

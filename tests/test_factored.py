@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DTYPES, TERMS, assert_within, names_of, oracle, own_hypers, random_case
+from conftest import DTYPES, TERMS, assert_within, names_of, oracle, own_hypers, product_of, random_case
 from test_ops import MODES, apply
 
 import wdops
@@ -34,15 +34,6 @@ def factors(dtype, batch, rows, columns, seed=0):
     return [rng.normal(size=(batch, n)).astype(DTYPES[dtype]) for n in (rows, columns)]
 
 
-def product(x, dz):
-    """x^T dz as it is promised: in float32, or float64, added up over the batch in its order, then stored."""
-    compute = np.float64 if x.dtype == np.float64 else np.float32
-    total = np.zeros((x.shape[1], dz.shape[1]), compute)
-    for of_x, of_dz in zip(x.astype(compute), dz.astype(compute), strict=True):
-        total += of_x[:, None] * of_dz
-    return total.astype(x.dtype)
-
-
 def stepped(rule, arrays, grad, **hypers):
     variables = [[tf.Variable(a)] for a in arrays]
     penalty = apply(rule, variables, [grad], report_penalty=True, **hypers)
@@ -60,7 +51,7 @@ def test_the_same_bits_as_the_product(isa, dtype, shape, l1):
     arrays = [a.reshape(shape[1:]) for a in random_case("adam", dtype, shape[1] * shape[2])[:-1]]
     hypers = own_hypers("adam") | TERMS | {"l1": l1}
     got, penalty = stepped("adam", arrays, FactoredGradient(x, dz), **hypers)
-    want, of_product = stepped("adam", arrays, product(x, dz), **hypers)
+    want, of_product = stepped("adam", arrays, product_of(x, dz), **hypers)
     for name, g, w in zip(names_of("adam"), got, want, strict=True):
         assert g.tobytes() == w.tobytes(), name
     np.testing.assert_allclose(penalty, of_product, rtol=1e-12)  # added up in other chunks
@@ -81,7 +72,7 @@ def test_every_rule_matches_the_oracle(rule, mode):
     grads = [FactoredGradient(*pairs[0]), tf.constant(dense), FactoredGradient(*pairs[2])]
     MODES[mode](lambda: apply(rule, variables, grads, **hypers))()
     for i, (param, *slots, _) in enumerate(cases):
-        grad = dense if i == 1 else product(*pairs[i])
+        grad = dense if i == 1 else product_of(*pairs[i])
         want, bound = oracle(rule, param, slots, grad, hypers)
         for name, list_, w, b in zip(names_of(rule), variables, want, bound, strict=True):
             # XLA may contract a product and a sum, and add up in another order, which a rule may magnify.
@@ -94,7 +85,7 @@ def test_accumulator_and_average_belong_to_the_step(isa, dtype):
     x, dz = factors(dtype, 5, 40, 600)
     param, m, v, _ = (a.reshape(40, 600) for a in random_case("adam", dtype, 24000))
     results = []
-    for grad in (FactoredGradient(x, dz), product(x, dz)):
+    for grad in (FactoredGradient(x, dz), product_of(x, dz)):
         p, m_, v_, accumulator, average = (tf.Variable(a) for a in (param, m, v, m, param))
         wdops.ops.apply_adam(
             p, m_, v_, grad, accumulator=accumulator, average=average, **own_hypers("adam"), **TERMS, seed=7
@@ -186,7 +177,7 @@ def test_finite_says_what_the_elements_are(isa, dtype, value, finite, penalized)
     x, dz = factors(dtype, 3, 40, 50)
     x[1, 7] = dz[1, 9] = value
     with np.errstate(all="ignore"):
-        assert np.isfinite(product(x, dz).astype(np.float64)).all() == finite
+        assert np.isfinite(product_of(x, dz).astype(np.float64)).all() == finite
     more = {"var": tf.Variable(np.ones((40, 50), DTYPES[dtype])), "l2": 0.1} if penalized else {}
     assert wdops.ops.norms(FactoredGradient(x, dz), **more).finite.numpy() == finite
 
@@ -386,10 +377,10 @@ def test_the_choice_at_run_time(batch):
     if batch <= MOST_ROWS[2]:
         assert grad.numpy().tobytes() == x.tobytes() and factor.numpy().tobytes() == dz.tobytes()
     else:
-        assert grad.numpy().tobytes() == product(x, dz).tobytes() and factor.shape == [0]
+        assert grad.numpy().tobytes() == product_of(x, dz).tobytes() and factor.shape == [0]
     p, q = tf.Variable(tf.ones([65, 130])), tf.Variable(tf.ones([65, 130]))
     wdops.ops.apply_sgd(p, [(grad, factor)], lr=0.1)
-    wdops.ops.apply_sgd(q, product(x, dz), lr=0.1)
+    wdops.ops.apply_sgd(q, product_of(x, dz), lr=0.1)
     assert p.numpy().tobytes() == q.numpy().tobytes()
 
 
@@ -503,11 +494,11 @@ def test_as_indexed_slices_it_is_the_whole_gradient():
     x, dz = factors("float32", 5, 3, 4)
     grad = FactoredGradient(x, dz)
     assert grad.shape == [3, 4] and grad.dtype == tf.float32
-    np.testing.assert_allclose(tf.convert_to_tensor(grad), product(x, dz), rtol=1e-6)
-    np.testing.assert_allclose(grad.numpy(), product(x, dz), rtol=1e-6)
+    np.testing.assert_allclose(tf.convert_to_tensor(grad), product_of(x, dz), rtol=1e-6)
+    np.testing.assert_allclose(grad.numpy(), product_of(x, dz), rtol=1e-6)
     optimizer, variable = keras.optimizers.SGD(1.0), keras.Variable(np.zeros((3, 4), "f4"))
     optimizer.apply([grad], [variable])
-    np.testing.assert_allclose(variable.numpy(), -product(x, dz), rtol=1e-5)
+    np.testing.assert_allclose(variable.numpy(), -product_of(x, dz), rtol=1e-5)
 
 
 # --- wdops.layers.Dense ----------------------------------------------------------------------------------------------
@@ -583,7 +574,7 @@ def test_eager_training_of_a_layer_that_is_called_several_times(calls, module, o
 
 def test_what_is_computed_from_factors_is_computed_from_the_gradient():
     x, dz = factors("float32", 5, 3, 4)
-    grad, whole = FactoredGradient(x, dz), product(x, dz)
+    grad, whole = FactoredGradient(x, dz), product_of(x, dz)
     for got, want in [
         (2 * grad, 2 * whole), (grad * 2.0, 2 * whole), (grad + whole, 2 * whole), (grad + grad, 2 * whole),
         (1 - grad, 1 - whole), (grad / 3, whole / 3), (-grad, -whole), (abs(grad), abs(whole)), (grad**2, whole**2),

@@ -1,6 +1,7 @@
 // The loop of an activation over a CPU's memory; compiled as cpu/sweep.cc.
 #include "cpu/activation.h"
 
+#include "cpu/ahead.h"
 #include "cpu/float_mode.h"
 
 namespace wdops::cpu {
@@ -9,9 +10,14 @@ namespace {
 template <class T, class Activation, class Bias>
 void ActivateRow(const Activation activation, const T* x, const Bias& bias,
                  T* output, int n) {
+  for (int begin = 0; begin < n; begin += kLanes) {
+    FetchAhead(x, begin);
+    FetchAhead(output, begin);
+    const int end = std::min(begin + kLanes, n);
 #pragma GCC ivdep
-  for (int i = 0; i < n; ++i) {
-    Store(activation.Output(Load(x[i]) + bias(i)), &output[i]);
+    for (int i = begin; i < end; ++i) {
+      Store(activation.Output(Load(x[i]) + bias(i)), &output[i]);
+    }
   }
 }
 
@@ -40,11 +46,17 @@ void ActivateRows(const double* hyper, const Rows& rows, const void* x,
 template <bool kSums, class T, class Activation>
 void ActivateGradRow(const Activation activation, const T* grad,
                      const T* output, T* x_grad, double* sums, int n) {
+  for (int begin = 0; begin < n; begin += kLanes) {
+    FetchAhead(grad, begin);
+    FetchAhead(output, begin);
+    FetchAhead(x_grad, begin);
+    const int end = std::min(begin + kLanes, n);
 #pragma GCC ivdep
-  for (int i = 0; i < n; ++i) {
-    const auto g = activation.Gradient(Load(grad[i]), Load(output[i]));
-    Store(g, &x_grad[i]);
-    if constexpr (kSums) sums[i] += g;
+    for (int i = begin; i < end; ++i) {
+      const auto g = activation.Gradient(Load(grad[i]), Load(output[i]));
+      Store(g, &x_grad[i]);
+      if constexpr (kSums) sums[i] += g;
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // The tree of rules/sums.h as a loop.
 #pragma once
 
+#include "cpu/ahead.h"
 #include "rules/sums.h"
 
 namespace wdops::cpu {
@@ -14,9 +15,10 @@ inline double AddLanes(double* lanes) {
   return lanes[0];
 }
 
-// Adds up each number of the array term(i) for every i below n.
-template <class Term>
-Sums AddUp(int64_t n, const Term& term) {
+// Adds up each number of the array term(i) for every i below n. `read`: the
+// arrays that the terms are made of.
+template <class Term, class... Read>
+Sums AddUp(int64_t n, const Term& term, const Read&... read) {
   using Terms = decltype(term(0));
   constexpr int kTerms = std::tuple_size_v<Terms>;
   double sums[kTerms][kLanes] = {};
@@ -26,12 +28,46 @@ Sums AddUp(int64_t n, const Term& term) {
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    (FetchAhead(read, i), ...);
 #pragma GCC ivdep
     for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
   }
   for (int lane = 0; i + lane < n; ++lane) add(i + lane, lane);
   double total[4] = {};
   for (int t = 0; t < kTerms; ++t) total[t] = AddLanes(sums[t]);
+  return {total[0], total[1], total[2], total[3]};
+}
+
+// Adds up the square of each number of the array value(i) for every i below n.
+// Values that take long to make are not made where they are widened to double:
+// GCC then vectorizes all of it in the lanes of a double.
+template <class Value, class... Read>
+Sums AddUpSquares(int64_t n, const Value& value, const Read&... read) {
+  using Values = decltype(value(0));
+  constexpr int kValues = std::tuple_size_v<Values>;
+  typename Values::value_type made[kValues][kLanes];
+  double sums[kValues][kLanes] = {};
+  const auto add = [&](int64_t i, int lanes) {
+#pragma GCC ivdep
+    for (int lane = 0; lane < lanes; ++lane) {
+      const Values values = value(i + lane);
+      for (int k = 0; k < kValues; ++k) made[k][lane] = values[k];
+    }
+    for (int k = 0; k < kValues; ++k) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        const double wide = made[k][lane];
+        sums[k][lane] += wide * wide;
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    (FetchAhead(read, i), ...);
+    add(i, kLanes);
+  }
+  add(i, n - i);
+  double total[4] = {};
+  for (int k = 0; k < kValues; ++k) total[k] = AddLanes(sums[k]);
   return {total[0], total[1], total[2], total[3]};
 }
 

@@ -26,7 +26,10 @@ constexpr Isa kIsas[] = {
               __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl");
      }},
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }},
+    {"avx2",
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+     }},
 #endif
     {"baseline", [] { return true; }},
 };

@@ -15,8 +15,9 @@ struct Factored {
   // Of a tile, in elements. They depend on the shape alone, and so do sums over
   // tiles. Tiles are as wide as the matrix where they can be, because then one
   // is a single run of memory; they have about as many elements as two chunks,
-  // which a usual L2 holds beside what is swept; and a few rows at least, which
-  // share what is read of dz. Other than at the edges, whole panels.
+  // which a usual L2 holds beside what is swept; and some rows at least, which
+  // share what is read of dz: the more, the less of it the cache can hold.
+  // Other than at the edges, whole panels.
   static constexpr int64_t kRowStep = 8, kColumnStep = 64;
   int64_t TileColumns() const {
     constexpr int64_t kMost = 4096;
@@ -25,7 +26,7 @@ struct Factored {
   }
   int64_t TileRows() const {
     const int64_t most = 2 * kChunk / std::max<int64_t>(1, TileColumns());
-    const int64_t least = 2 * kRowStep;
+    const int64_t least = kRowStep * (batch <= 64 ? 2 : batch <= 256 ? 4 : 8);
     return std::max(least, most / kRowStep * kRowStep);
   }
   int64_t TilesAcross() const { return Ceil(columns, TileColumns()); }

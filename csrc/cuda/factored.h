@@ -80,7 +80,8 @@ __device__ __noinline__ const S* FormTile(const Variable& v, int64_t t) {
           room[(kDepth * kTileRows + k * kColumns) / kWidth<S> + column];
       for (int r = 0; r < kHeight; ++r) {
         for (int w = 0; w < kWidth<S>; ++w) {
-          sums[r][w] += x[k * kTileRows + row + r] * dz_row.of[w];
+          sums[r][w] =
+              Fma(x[k * kTileRows + row + r], dz_row.of[w], sums[r][w]);
         }
       }
     }

@@ -33,6 +33,9 @@ WDOPS_FN V Like(V, double value) {
 
 WDOPS_FN float Sqrt(float x) { return sqrtf(x); }
 WDOPS_FN double Sqrt(double x) { return sqrt(x); }
+// a * b + c, rounded once.
+WDOPS_FN float Fma(float a, float b, float c) { return fmaf(a, b, c); }
+WDOPS_FN double Fma(double a, double b, double c) { return fma(a, b, c); }
 WDOPS_FN double Floor(double x) { return floor(x); }
 WDOPS_FN float Abs(float x) { return fabsf(x); }
 WDOPS_FN double Abs(double x) { return fabs(x); }

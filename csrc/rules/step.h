@@ -116,17 +116,15 @@ struct Step : Gradient<S> {
         key(MakeKey<U>(hyper[kSeed])),
         rule(hyper[kLr], hyper + kStepHyperCount) {}
 
-  // Whether there is neither a penalty nor a limit of values nor a proximal
-  // step, as in most steps.
-  bool IsBare() const {
-    return this->l1 == 0 && this->l2_slope == 0 && clip_value == 0 &&
-           threshold == 0 && shrink == 1;
+  // Whether there is neither l1 nor a limit of values nor a threshold, as in
+  // most steps: only those choose by the value of an element.
+  bool IsSmooth() const {
+    return this->l1 == 0 && clip_value == 0 && threshold == 0;
   }
-  // A bare step that the compiler knows to be one: it leaves out what is off.
-  WDOPS_FN Step Bare() const {
+  // A smooth step that the compiler knows to be one: it leaves out what is off.
+  WDOPS_FN Step Smooth() const {
     Step step = *this;
-    step.l1 = step.l2_slope = step.clip_value = step.threshold = 0;
-    step.shrink = 1;
+    step.l1 = step.clip_value = step.threshold = 0;
     return step;
   }
 
