@@ -87,8 +87,10 @@ void DifferentiateAll(ActivateGrad activate, const double* hyper,
               }
             }
           });
-    for (size_t i = 0; i < sums.size(); ++i) {
-      totals[i / blocks.SumRun() % totals.size()] += sums[i];
+    for (size_t i = 0; i < sums.size();) {
+      for (double& total : totals) {
+        for (int64_t run = blocks.SumRun(); run > 0; --run) total += sums[i++];
+      }
     }
   }
   if (!bias_grad) return;

@@ -63,8 +63,8 @@ class Gradients {
       TF_RETURN_IF_ERROR(Pack(ctx, one, grad, one.kernels->x_width, &one.x));
       TF_RETURN_IF_ERROR(Pack(ctx, one, dz, one.kernels->dz_width, &one.dz));
       bytes_ += one.n * kDTypeBytes[one.dtype];
-      // A core makes about 64 operations a cycle, and moves 8 bytes.
-      product_bytes_ += one.n * one.shape.batch / 4;
+      // A core adds 32 products a cycle, and moves 16 bytes.
+      product_bytes_ += one.n * one.shape.batch / 2;
       tile_bytes_ =
           std::max(tile_bytes_, one.shape.TileRows() * one.shape.TileColumns() *
                                     kDTypeBytes[one.dtype]);
