@@ -94,7 +94,7 @@ void ForTiles(const WdopsVariable& v, const Run& run, std::vector<Sums>* sums) {
         std::min(shape.TileColumns(), shape.columns - column);
     kernels.product(x.data() + row * lane_bytes,
                     dz.data() + column * lane_bytes, shape.batch, rows, columns,
-                    tile.data());
+                    tile.data(), nullptr, 0);
     const bool whole = columns == shape.columns;
     const int64_t runs = whole ? 1 : rows, n = whole ? rows * columns : columns;
     Sums sum;

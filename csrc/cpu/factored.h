@@ -36,6 +36,12 @@ struct Factored {
   }
 };
 
+// A run of memory that is read after a tile, with it.
+struct Beside {
+  const char* begin;
+  int64_t bytes;
+};
+
 // Everything is of one dtype in memory and of its Compute in a pack.
 struct FactoredKernels {
   // How many columns of x, and of dz, a panel of a pack has. They divide
@@ -46,9 +52,10 @@ struct FactoredKernels {
   void (*pack)(const void* from, int64_t batch, int64_t n, int64_t panel,
                int width, void* to);
   // Writes a tile [rows, columns] of x^T dz, added up over the batch in its
-  // order. x and dz: the packed panels where the tile begins.
+  // order, and meanwhile starts to load what is beside it. x and dz: the packed
+  // panels where the tile begins.
   void (*product)(const void* x, const void* dz, int64_t batch, int64_t rows,
-                  int64_t columns, void* tile);
+                  int64_t columns, void* tile, const Beside*, int beside);
   // a: the part of |x^T dz|^2 = sum over k, l of (x_k.x_l) (dz_k.dz_l) with
   // l <= k, counted as both halves. b: |x_k| |dz_k|, of which the sum over k
   // bounds every element of x^T dz and of what it is added up from. x and dz

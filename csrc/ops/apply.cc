@@ -45,12 +45,16 @@ class ApplyCpu : public ApplyOp {
       targets[i] = {steps.Of(i, dtype), dtype, FindLayout(dtype, slot)};
     }
 
+    const auto value = [&](int input) -> const Tensor& {
+      return *vars[input]->tensor();
+    };
+
     const size_t rule = &rule_ - kRules;
     // Reads what has no fresh buffer yet, and writes nothing.
     if (rule_.trust) {
       std::vector<Sums> sums(grads.Chunks());
       grads.ForChunks(
-          ctx, inputs_.lists.size(),
+          ctx, inputs_.lists.size(), value,
           [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
             const cpu::Chunk chunk = ChunkOf(vars, i, begin, n, grad);
             sums[c] +=
@@ -73,7 +77,7 @@ class ApplyCpu : public ApplyOp {
     }
     std::vector<Sums> sums(report_penalty_ ? grads.Chunks() : 0);
     grads.ForChunks(
-        ctx, 2 * inputs_.lists.size() - 1,
+        ctx, 2 * inputs_.lists.size() - 1, value,
         [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
           const Target& target = targets[i];
           CopyChunk(vars, sources, i, begin, n);

@@ -27,7 +27,8 @@ class FactoredGradientCpu : public FactoredGradientOp {
         product.Make(ctx, inputs_, *kernels, [](int) { return true; }));
     const int size = DataTypeSize(grad->dtype());
     product.ForChunks(
-        ctx, 2, [&](int, int64_t, int64_t begin, int64_t n, const char* run) {
+        ctx, 2, [](int) { return Tensor(); },
+        [&](int, int64_t, int64_t begin, int64_t n, const char* run) {
           memcpy(Data(*grad) + begin * size, run, n * size);
         });
     return absl::OkStatus();

@@ -35,6 +35,7 @@ class NormsCpu : public NormsOp {
     std::vector<Sums> sums(grads.Chunks());
     grads.ForChunks(
         ctx, inputs_.lists.size(),
+        [&](int input) -> const Tensor& { return values[input]; },
         [&](int i, int64_t c, int64_t begin, int64_t n, const char* grad) {
           const DType dtype = FromTensorFlow(inputs_.dtypes[i]);
           const auto data = [&](int list) {

@@ -41,6 +41,7 @@ class Gradients {
   template <class Wanted>
   absl::Status Make(tensorflow::OpKernelContext* ctx, const Inputs& inputs,
                     const cpu::Kernels& kernels, const Wanted& wanted) {
+    inputs_ = &inputs;
     first_ = {0};
     for (int i = 0; i < inputs.n; ++i) {
       const tensorflow::Tensor& grad =
@@ -89,10 +90,11 @@ class Gradients {
   // Calls run(variable, chunk, begin, n, grad) for every run of memory in every
   // chunk, in TensorFlow's pool. `chunk` counts over all variables; `begin` and
   // `n` are elements of its own, and so is `grad`, where they begin. `passes`:
-  // how often as much as the gradients is read or written.
-  template <class Run>
+  // how often as much as the gradients is read or written. value(input) is the
+  // tensor of a resource, which `run` reads too.
+  template <class Value, class Run>
   void ForChunks(tensorflow::OpKernelContext* ctx, int passes,
-                 const Run& run) const {
+                 const Value& value, const Run& run) const {
     Share(ctx, Chunks(), bytes_ * passes + product_bytes_,
           [&](int64_t chunk, int64_t end) {
             size_t i = std::upper_bound(first_.begin(), first_.end(), chunk) -
@@ -107,10 +109,21 @@ class Gradients {
               while (chunk >= first_[i + 1]) ++i;
               const One& one = ones_[i];
               if (one.kernels) {
-                ForTile(one, chunk - first_[i], tile.get(),
-                        [&](int64_t begin, int64_t n, const char* grad) {
-                          run(i, chunk, begin, n, grad);
-                        });
+                ForTile(
+                    one, chunk - first_[i], tile.get(),
+                    [&](int64_t begin, int64_t n) {
+                      std::vector<cpu::Beside> runs;
+                      for (int input = i; input < inputs_->Resources();
+                           input += inputs_->n) {
+                        const tensorflow::Tensor& tensor = value(input);
+                        const int size = DataTypeSize(tensor.dtype());
+                        runs.push_back({Data(tensor) + begin * size, n * size});
+                      }
+                      return runs;
+                    },
+                    [&](int64_t begin, int64_t n, const char* grad) {
+                      run(i, chunk, begin, n, grad);
+                    });
                 continue;
               }
               const int64_t begin = (chunk - first_[i]) * kChunk;
@@ -157,8 +170,9 @@ class Gradients {
   }
 
   // Calls run(begin, n, grad) for the runs of memory in tile t.
-  template <class Run>
-  static void ForTile(const One& one, int64_t t, char* tile, const Run& run) {
+  template <class FindBeside, class Run>
+  static void ForTile(const One& one, int64_t t, char* tile,
+                      const FindBeside& find_beside, const Run& run) {
     const cpu::Factored& shape = one.shape;
     const int64_t across = shape.TilesAcross();
     const int64_t row = t / across * shape.TileRows();
@@ -167,10 +181,13 @@ class Gradients {
     const int64_t columns =
         std::min(shape.TileColumns(), shape.columns - column);
     const int64_t panel_bytes = shape.batch * ComputeBytes(one.dtype);
+    const bool one_run = columns == shape.columns;
+    std::vector<cpu::Beside> beside;
+    if (one_run) beside = find_beside(row * columns, rows * columns);
     one.kernels->product(Data(one.x) + row * panel_bytes,
                          Data(one.dz) + column * panel_bytes, shape.batch, rows,
-                         columns, tile);
-    if (columns == shape.columns) {
+                         columns, tile, beside.data(), beside.size());
+    if (one_run) {
       run(row * columns, rows * columns, tile);
       return;
     }
@@ -180,6 +197,7 @@ class Gradients {
     }
   }
 
+  const Inputs* inputs_;
   std::vector<One> ones_;
   std::vector<int64_t> first_;  // chunk of each variable, then how many in all
   int64_t bytes_ = 0;           // of the gradients
