@@ -1,5 +1,6 @@
 """Factored gradients: the same step as with x^T dz, exact norms, and the way from a layer to the step."""
 
+import platform
 import subprocess
 import sys
 import warnings
@@ -362,6 +363,12 @@ def test_fit_with_batches_of_a_size_that_is_known_late(jit):
         weights.append(model.get_weights())
     for g, w in zip(*weights, strict=True):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
+
+
+def test_factors_are_kept_where_a_product_is_an_instruction(isa):
+    grad = FactoredGradient(*factors("float32", 3, 5, 7))
+    kept = wdops.factored.worthwhile(grad, products=1, device="/device:CPU:0") is grad
+    assert kept == native.has_fma() == (isa != "baseline" or platform.machine() != "x86_64")
 
 
 @pytest.mark.parametrize("batch", [MOST_ROWS[2], MOST_ROWS[2] + 1])

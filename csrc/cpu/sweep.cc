@@ -332,7 +332,14 @@ constexpr SumPerLayout kTrusts = {
 #include "rules/layouts.inc"
 };
 
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
+#endif
+
 constexpr Kernels kKernels = {WDOPS_ISA,
+                              kHasFma,
                               {
 #define RULE(name, Class) kSweeps<Class>,
 #include "rules/rules.inc"

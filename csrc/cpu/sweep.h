@@ -40,6 +40,8 @@ struct StreamKernels;
 
 struct Kernels {
   const char* isa;
+  // Whether Fma is an instruction, and not a call of libm for each element.
+  bool has_fma;
   std::array<SweepPerLayout, kRuleCount> sweep;
   // Of the squares of the parameter behind its decay, and of the rule's
   // Direction; null where it has none. Writes nothing.

@@ -261,6 +261,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("available_isas", &cpu::AvailableIsas);
   m.def("use_isa", &cpu::UseIsa);
   m.def("active_isa", [] { return cpu::ActiveKernels()->isa; });
+  m.def("has_fma", [] { return cpu::ActiveKernels()->has_fma; });
   m.def("apply", &Apply);
   m.def("norm", &NormOf);
   m.def("stream", &Stream, "arrays"_a, "reads"_a, "writes"_a, "threads"_a);

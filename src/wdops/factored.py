@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from wdops import devices
-from wdops._load import raw_ops
+from wdops._load import native, raw_ops
 
 # Up to so many rows, factors are kept where the step makes their product once, and where it makes it twice: a norm
 # that is taken of each element needs the product before the step does. Beyond, a gradient that is made once, and
@@ -141,6 +141,8 @@ def worthwhile(
     the tensor and an empty vector.
     """
     on_gpu = devices.is_gpu(device)
+    if not on_gpu and not native.has_fma():  # the step's own product would take 20 times TensorFlow's
+        return grad.values
     most = (MOST_ROWS_ON_GPU if on_gpu else MOST_ROWS)[min(products, 2)]
     rows = grad.x.shape[0]
     if rows is None and on_gpu and not devices.in_xla():
