@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 STAND_IN = ROOT / "tests" / "cuda_on_cpu"
 # What the processor must have for an instruction set, as /proc/cpuinfo calls it; best first.
-FLAGS = {"avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"}, "avx2": {"avx2"}, "baseline": set()}
+FLAGS = {"avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"}, "avx2": {"avx2", "fma"}, "baseline": set()}
 
 Pointer = ctypes.c_void_p
 int64 = ctypes.c_int64

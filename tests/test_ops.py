@@ -116,7 +116,7 @@ from test_ops import *
 digest = hashlib.sha256()
 for rule in reference.RULES:
     for dtype in DTYPES:
-        arrays = make(rule, [dtype], [(300001,), (5,), (70000,)])
+        arrays = make(rule, [dtype], [(700001,), (5,), (70000,)])
         for a in arrays[0]:
             a[::7] *= np.asarray(1e-39 if dtype != "float16" else 1e-7, a.dtype)
         variables, grads = to_variables(arrays)
@@ -177,15 +177,17 @@ def test_accumulators_averages_and_the_penalty_of_one_pass(rule, dtype, mode):
 
 
 @rules
+@pytest.mark.parametrize("kinks", [{}, {"clip_value": 0.0, "proximal_l1": 0.0}], ids=["kinks", "smooth"])
 @pytest.mark.parametrize("lists", ["", "accumulator", "average", "accumulator average"])
-def test_squares_that_the_sweep_adds_up_move_no_bit(rule, lists, isa):
+def test_squares_that_the_sweep_adds_up_move_no_bit(rule, lists, kinks, isa):
     """The sums have 64 lanes each, and blocks of 1024 elements."""
     shapes = [(n,) for n in (0, 1, 8, 63, 64, 65, 127, 128, 1023, 1024, 1025, 1088, 16383, 16384, 16385, 40001)]
     shapes = [shape for shape in shapes for _ in range(2)]
     arrays = make(rule, ["float32", "float64"], shapes)
     l2 = [0.1 * (i % 5) for i in range(len(shapes))]
     overwrite = [float(i % 4 < 2) for i in range(len(shapes))]
-    hypers = own_hypers(rule) | TERMS | {"l1": 0.0, "l2": l2, "ema_momentum": 0.6, "ema_overwrite": overwrite}
+    hypers = own_hypers(rule) | TERMS | kinks
+    hypers |= {"l1": 0.0, "l2": l2, "ema_momentum": 0.6, "ema_overwrite": overwrite}
 
     def result(report_penalty):
         variables, grads = to_variables(arrays)

@@ -132,9 +132,10 @@ def test_options_give_the_same_bits_on_every_instruction_set(rule, layout):
 
 @rules
 @dtypes
-@pytest.mark.parametrize("decay", ["all", "none"])
+@pytest.mark.parametrize("decay", ["all", "smooth", "none"])
 def test_an_option_that_is_neutral_changes_no_bit(rule, dtype, decay, isa):
-    hypers = own_hypers(rule) | DECAYS[decay]
+    smooth = {**TERMS, "l1": 0.0, "clip_value": 0.0, "proximal_l1": 0.0}
+    hypers = own_hypers(rule) | (smooth if decay == "smooth" else DECAYS[decay])
     start = random_case(rule, dtype, N)
     start[0][::7] = start[-1][::5] = -0.0
     zeros = np.zeros(N, DTYPES[dtype])
@@ -143,8 +144,9 @@ def test_an_option_that_is_neutral_changes_no_bit(rule, dtype, decay, isa):
         ({}, {"accumulator": zeros}),
         ({}, {"average": zeros}),
         (off, {"scaled_proximal": True}),
-        # A step that has none of these terms has a loop of its own.
+        # A step without l1, a limit of values and a threshold has a loop of its own.
         ({"clip_value": 0.0}, {"clip_value": 3e38}),
+        ({"clip_value": 0.0, "average": zeros}, {"clip_value": 3e38}),
     ):
         want = bits(run(rule, [a.copy() for a in start], hypers | own))
         assert bits(run(rule, [a.copy() for a in start], hypers | own | more)) == want, more

@@ -3,7 +3,7 @@
 // threads and instruction sets give the same bits.
 #include "cpu/factored.h"
 
-#ifdef __AVX2__
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -43,7 +43,7 @@ inline __m512 Fma(__m512 a, __m512 b, __m512 c) {
 inline __m512d Fma(__m512d a, __m512d b, __m512d c) {
   return _mm512_fmadd_pd(a, b, c);
 }
-#elif defined(__AVX2__)
+#elif defined(__FMA__)
 inline __m256 Fma(__m256 a, __m256 b, __m256 c) {
   return _mm256_fmadd_ps(a, b, c);
 }
@@ -133,7 +133,7 @@ WDOPS_FN void FetchPart(const Beside& run, int64_t k, int64_t n) {
 
 template <class T>
 void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
-             int64_t columns, void* tile, const Beside* beside, int runs) {
+             int64_t columns, void* tile, const Beside* beside, int count) {
   using S = Compute<T>;
   constexpr int kColumns = Register<S>::kColumns;
   // So much of a panel of dz stays in L1 while all rows pass it.
@@ -149,7 +149,7 @@ void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
     if constexpr (std::is_same_v<S, T>) {
       for (int64_t k = 0; k == 0 || k < batch; k += kBatch) {
         for (int64_t r = 0; r < whole_rows; r += kHeight) {
-          for (int i = 0; i < runs && k == 0; ++i) {
+          for (int i = 0; i < count && k == 0; ++i) {
             FetchPart(beside[i], made, tiles);
           }
           if (k == 0) ++made;

@@ -52,10 +52,10 @@ struct FactoredKernels {
   void (*pack)(const void* from, int64_t batch, int64_t n, int64_t panel,
                int width, void* to);
   // Writes a tile [rows, columns] of x^T dz, added up over the batch in its
-  // order, and meanwhile starts to load what is beside it. x and dz: the packed
-  // panels where the tile begins.
+  // order. x and dz: the packed panels where the tile begins. Of 32 and 64 bits
+  // it meanwhile starts to load the `count` runs beside it.
   void (*product)(const void* x, const void* dz, int64_t batch, int64_t rows,
-                  int64_t columns, void* tile, const Beside*, int beside);
+                  int64_t columns, void* tile, const Beside*, int count);
   // a: the part of |x^T dz|^2 = sum over k, l of (x_k.x_l) (dz_k.dz_l) with
   // l <= k, counted as both halves. b: |x_k| |dz_k|, of which the sum over k
   // bounds every element of x^T dz and of what it is added up from. x and dz

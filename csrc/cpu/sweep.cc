@@ -241,6 +241,7 @@ Sums TrustSumsOf(const Step<Rule, Compute<T>> given, const Chunk& chunk) {
     }
     return std::array{step.Decay(p), step.rule.Direction(step.Clip(total), s)};
   };
+  if constexpr (kMean) return AddUpSquares(chunk.n, values, a, a.accumulator);
   return AddUpSquares(chunk.n, values, a);
 }
 

@@ -51,8 +51,8 @@ __device__ void LoadPanel(int dtype, const void* from, int64_t row, int depth,
 }
 
 // Tile `t` of x^T dz, row after row. Every element is added up over the batch
-// in its order, and every product rounded before, so that it has the bits of
-// the CPU's. Not inlined: a kernel would keep its registers for what it seldom
+// in its order, with one rounding for each row, so that it has the bits of the
+// CPU's. Not inlined: a kernel would keep its registers for what it seldom
 // calls.
 template <class S>
 __device__ __noinline__ const S* FormTile(const Variable& v, int64_t t) {

@@ -323,9 +323,10 @@ class FusedStep(keras.optimizers.Optimizer):
         With x and dz the input and the gradient behind the product of a layer, the gradient of its kernel is x^T dz.
         The step makes it tile by tile while a tile is in cache, so that it is neither written nor read: 4 bytes a
         parameter less memory in float32. The factors of a layer that is used more than once are joined along the batch.
-        Where they have too many rows to be worth it (`wdops.factored.MOST_ROWS`), and in layers that are not `Dense`,
-        the gradient is formed as before. So it is under `jit_compile=True`, where the update is XLA's, in a
-        distribution strategy, and, outside a `tf.function`, of layers other than `wdops.layers.Dense`.
+        Where they have too many rows to be worth it (`wdops.factored.MOST_ROWS`), where the processor has no fused
+        multiply-add, and in layers that are not `Dense`, the gradient is formed as before. So it is under
+        `jit_compile=True`, where the update is XLA's, in a distribution strategy, and, outside a `tf.function`, of
+        layers other than `wdops.layers.Dense`.
 
         A tape that is asked for such a gradient gives it whole, as ever, and what is computed from it is right. But a
         gradient that was changed or added to before the step is no product any more, and is formed; a warning says so.
