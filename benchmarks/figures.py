@@ -183,6 +183,9 @@ def scaling(results: Results) -> str:
     fewest, most = of_parameters[min(of_parameters)], of_parameters[max(of_parameters)]
     whole = of_parameters[max(n for n, t in of_parameters.items() if JIT in t.seconds)]
     one = of_tensors[min(of_tensors)]
+    # The price of a tensor rises with their number, so that all rivals' is of as many.
+    shared = of_tensors[max(n for n, t in of_tensors.items() if JIT in t.seconds)]
+    crowd = of_tensors[max(of_tensors)]
 
     def of_each(constant: Callable[[str], float]) -> str:
         """By wdops and, in brackets, by Keras."""
@@ -193,8 +196,7 @@ def scaling(results: Results) -> str:
         return 1e6 * seconds(fewest, rival)
 
     def of_a_tensor(rival: str) -> float:
-        count, many = max((count, table) for count, table in of_tensors.items() if rival in table.seconds)
-        return 1e6 * (seconds(many, rival) - seconds(one, rival)) / (count - one.facts["count"])
+        return 1e6 * (seconds(shared, rival) - seconds(one, rival)) / (shared.facts["count"] - one.facts["count"])
 
     def of_a_parameter(rival: str) -> float:
         return 1e9 * seconds(whole, rival) / whole.elements
@@ -203,7 +205,9 @@ def scaling(results: Results) -> str:
     alone = points("parameters", 1)[most.elements]
     return paragraph(
         f"However little there is to do, a step in a loop takes µs: {of_each(of_a_call)}, in brackets Keras's. For "
-        f"each further tensor it takes µs: {of_each(of_a_tensor)}. For each parameter of one tensor of "
+        f"each further tensor, up to {shared.facts['count']:,}, it takes µs: {of_each(of_a_tensor)}; a step of "
+        f"{crowd.facts['count']:,} takes ms: {digits(milliseconds(crowd.seconds['wdops']))} "
+        f"({digits(milliseconds(crowd.seconds['Keras, tf.function']))}). For each parameter of one tensor of "
         f"{whole.elements:,} it takes ns: {of_each(of_a_parameter)}. So a further tensor costs wdops as much as some "
         f"{parameters:,.0f} parameters. {most.elements:,} parameters are stepped at "
         f"{gigabytes_per_second(most, 'wdops'):.0f} GB/s, and by one thread in "

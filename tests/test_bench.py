@@ -180,7 +180,7 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
     assert scaling.fitting([(10**3,)]) == list(scaling.HELD)
     assert scaling.fitting([(4 * 10**7,)]) == ["wdops"]
     assert scaling.fitting([(10**9,)]) == []
-    assert scaling.fitting([(10,)] * 5000) == ["wdops", step.STREAM]
+    assert scaling.fitting([(10,)] * 5000) == ["wdops", step.STREAM, "Keras, tf.function"]
 
 
 def test_bars_show_every_rival():

@@ -1,7 +1,7 @@
 """The time of an AdamW step against the number of parameters, of tensors, and of threads.
 
 The number of threads is fixed in a process, so that each has one of its own. What does not fit into the memory that is
-available is left out, and so is Keras where it would trace or compile for many minutes.
+available is left out, and so is XLA where it would compile for many minutes.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def fitting(shapes: Shapes) -> list[str]:
     names, room = [], memory_available()
     for name, held in HELD.items():
         room -= ROOM * held * elements(shapes)
-        if room > 0 and (name in ("wdops", STREAM) or len(shapes) <= MOST_TENSORS):
+        if room > 0 and (name != JIT or len(shapes) <= MOST_TENSORS):
             names.append(name)
     return names
 
