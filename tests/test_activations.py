@@ -9,17 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import DTYPES
+from test_ops import MODES
 
 import wdops
 from wdops import ops, reference
 from wdops._load import raw_ops
 
-MODES = {
-    "eager": lambda f: f,
-    "graph": tf.function,
-    "jit": lambda f: tf.function(f, jit_compile=True),
-}
-modes = pytest.mark.parametrize("mode", MODES)
+modes = pytest.mark.parametrize("mode", ["eager", "graph", "jit"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 # With alphas that are exact in no dtype, and those where a term vanishes.
 ACTIVATIONS = {
@@ -165,10 +161,20 @@ def test_a_graph_matches_the_oracle(activation, dtype):
 
 
 @activations
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_xla_matches_the_oracle(activation, dtype):
-    for shape, data_format in (((259, 3), "NHWC"), ((2, 3, 4, 5), "NCHW")):
-        check(activation, *draw(shape, data_format, dtype), data_format, "jit")
+@dtypes
+@pytest.mark.parametrize("mode", ["jit", "hlo"])
+def test_xla_matches_the_oracle(activation, dtype, mode):
+    for shape, data_format in (((259, 3), "NHWC"), ((2, 3, 4, 5), "NCHW"), ((0, 3), "NHWC"), ((3, 0), "NHWC")):
+        check(activation, *draw(shape, data_format, dtype), data_format, mode)
+
+
+@dtypes
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])  # their outputs, too, have the same bits
+def test_xla_gives_the_bits_of_the_op(activation, dtype):
+    x, bias, grad = (tf.constant(v) for v in draw((70001, 5), "NHWC", dtype))
+    op, xla = (MODES[mode](lambda *tensors: run(ops, activation, *tensors))(x, bias, grad) for mode in ("graph", "jit"))
+    for got, want in zip(xla, op, strict=True):
+        assert got.numpy().tobytes() == want.numpy().tobytes()
 
 
 @activations

@@ -21,10 +21,10 @@ def as_hlo(f):
     """Under XLA without the kernels, as on a GPU."""
     compiled = tf.function(f, jit_compile=True)
 
-    def run():
+    def run(*tensors):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("WDOPS_XLA", "hlo")
-            return compiled()
+            return compiled(*tensors)
 
     return run
 
@@ -273,11 +273,12 @@ def test_a_program_of_hlo_has_no_calls(monkeypatch):
         def step():
             norms = wdops.ops.norms([tf.convert_to_tensor(variable)])
             wdops.ops.apply_sgd(variable, tf.ones(3), lr=1.0)
-            return norms
+            bias = tf.convert_to_tensor(variable)
+            return norms, tf.gradients(wdops.ops.elu(tf.ones((2, 3)), bias), bias)
 
         return re.findall('custom_call_target="([a-z_]+)"', step.experimental_get_compiler_ir()(stage="hlo"))
 
-    assert sorted(calls()) == ["wdops_apply", "wdops_norms"]
+    assert sorted(calls()) == ["wdops_activation_grad", "wdops_apply", "wdops_norms"]
     monkeypatch.setenv("WDOPS_XLA", "hlo")
     assert calls() == []
 

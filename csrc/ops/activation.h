@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "rules/activation.h"
+#include "rules/blocks.h"
 #include "rules/table.h"
 #include "tensorflow/core/framework/tensor_shape.h"
 #include "tensorflow/core/platform/errors.h"
@@ -54,6 +55,24 @@ inline absl::Status ChannelAxis(const ActivationInputs& inputs, int rank,
       inputs.Tensor(), " has rank ", rank, ", but must have at least ", least,
       " beside a bias with data_format ",
       inputs.channels_first ? "NCHW" : "NHWC"));
+}
+
+// Without a bias there is one channel.
+inline absl::Status ShapeOf(const ActivationInputs& inputs,
+                            const tensorflow::TensorShape& tensor,
+                            ActivationShape* shape) {
+  if (!inputs.biased) {
+    shape->inner = tensor.num_elements();
+    return absl::OkStatus();
+  }
+  int axis;
+  TF_RETURN_IF_ERROR(ChannelAxis(inputs, tensor.dims(), &axis));
+  shape->channels = tensor.dim_size(axis);
+  for (int i = 0; i < axis; ++i) shape->outer *= tensor.dim_size(i);
+  for (int i = axis + 1; i < tensor.dims(); ++i) {
+    shape->inner *= tensor.dim_size(i);
+  }
+  return absl::OkStatus();
 }
 
 inline absl::Status CheckBias(const ActivationInputs& inputs,

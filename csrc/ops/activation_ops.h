@@ -6,7 +6,6 @@
 
 #include "ops/activation.h"
 #include "ops/inputs.h"
-#include "rules/blocks.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace wdops {
@@ -27,23 +26,6 @@ class ActivationOp : public tensorflow::OpKernel {
  protected:
   virtual absl::Status CheckAndRun(tensorflow::OpKernelContext* ctx,
                                    const double* hyper) = 0;
-
-  // Without a bias there is one channel.
-  absl::Status ShapeOf(const tensorflow::TensorShape& tensor,
-                       ActivationShape* shape) const {
-    if (!inputs_.biased) {
-      shape->inner = tensor.num_elements();
-      return absl::OkStatus();
-    }
-    int axis;
-    TF_RETURN_IF_ERROR(ChannelAxis(inputs_, tensor.dims(), &axis));
-    shape->channels = tensor.dim_size(axis);
-    for (int i = 0; i < axis; ++i) shape->outer *= tensor.dim_size(i);
-    for (int i = axis + 1; i < tensor.dims(); ++i) {
-      shape->inner *= tensor.dim_size(i);
-    }
-    return absl::OkStatus();
-  }
 
   ActivationInputs inputs_;
 
@@ -93,7 +75,7 @@ class OutputOp : public ActivationOp {
         ctx->forward_input_or_allocate_output({0}, 0, x.shape(), &output));
     if (x.NumElements() == 0) return absl::OkStatus();
     ActivationShape shape;
-    TF_RETURN_IF_ERROR(ShapeOf(x.shape(), &shape));
+    TF_RETURN_IF_ERROR(ShapeOf(inputs_, x.shape(), &shape));
     return Activate(ctx, hyper, shape, x, bias, output);
   }
 };
@@ -119,7 +101,7 @@ class GradOp : public ActivationOp {
     const tensorflow::Tensor &grad = ctx->input(0), &output = ctx->input(1);
     TF_RETURN_IF_ERROR(CheckOutput(grad.shape(), output.shape()));
     ActivationShape shape;
-    TF_RETURN_IF_ERROR(ShapeOf(output.shape(), &shape));
+    TF_RETURN_IF_ERROR(ShapeOf(inputs_, output.shape(), &shape));
     tensorflow::Tensor *x_grad, *bias_grad = nullptr;
     TF_RETURN_IF_ERROR(ctx->forward_input_or_allocate_output(
         {0, 1}, 0, output.shape(), &x_grad));

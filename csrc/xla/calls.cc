@@ -1,11 +1,13 @@
 // The kernels of cpu/ as custom calls of XLA: under jit_compile=True on a CPU,
-// a step is the sweep that it is without, in place and with the same bits.
+// a step is the sweep that it is without, in place and with the same bits, and
+// so is the gradient of an activation behind a bias.
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <thread>
 #include <vector>
 
+#include "cpu/activate.h"
 #include "cpu/add_up.h"
 #include "cpu/claims.h"
 #include "cpu/dispatch.h"
@@ -47,6 +49,19 @@ void Share(ffi::ThreadPool& pool, int64_t count, int64_t bytes,
   while (progress->done < count) std::this_thread::yield();
 }
 
+DType TypeOf(const ffi::AnyBuffer& buffer) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::F64:
+      return k_float64;
+    case ffi::DataType::BF16:
+      return k_bfloat16;
+    case ffi::DataType::F16:
+      return k_float16;
+    default:
+      return k_float32;
+  }
+}
+
 // The operands of a call: lists of n arrays, then hyperparameters, each a
 // scalar or with an entry for each variable of the step.
 class Operands {
@@ -64,18 +79,7 @@ class Operands {
     return At(list, i).reinterpret_data<char>() +
            begin * kDTypeBytes[TypeOf(list, i)];
   }
-  DType TypeOf(int list, int i) const {
-    switch (At(list, i).element_type()) {
-      case ffi::DataType::F64:
-        return k_float64;
-      case ffi::DataType::BF16:
-        return k_bfloat16;
-      case ffi::DataType::F16:
-        return k_float16;
-      default:
-        return k_float32;
-    }
-  }
+  DType TypeOf(int list, int i) const { return wdops::TypeOf(At(list, i)); }
 
   // How many a hyperparameter has that is no scalar; 1: all are.
   int64_t Entries(int lists) const {
@@ -279,6 +283,29 @@ ffi::Error Norms(ffi::ThreadPool pool, int32_t first, int32_t n, int32_t param,
   return ffi::Error::Success();
 }
 
+ffi::Error GradientOfActivation(ffi::ThreadPool pool, int32_t activation,
+                                int64_t outer, int64_t channels, int64_t inner,
+                                ffi::AnyBuffer grad, ffi::AnyBuffer output,
+                                ffi::RemainingArgs hypers,
+                                ffi::Result<ffi::AnyBuffer> x_grad,
+                                ffi::Result<ffi::AnyBuffer> bias_grad) {
+  double hyper[kMaxActivationHypers];
+  for (size_t j = 0; j < hypers.size(); ++j) {
+    hyper[j] = hypers.get<ffi::AnyBuffer>(j)->typed_data<double>()[0];
+  }
+  const auto data = [](const ffi::AnyBuffer& buffer) {
+    return static_cast<char*>(buffer.untyped_data());
+  };
+  const DType dtype = TypeOf(grad);
+  cpu::DifferentiateAll(
+      cpu::ActiveKernels()->activations->gradient[activation][dtype], hyper,
+      {outer, channels, inner}, dtype, data(grad), data(output), data(*x_grad),
+      data(*bias_grad), [&](int64_t count, int64_t bytes, const auto& run) {
+        Share(pool, count, bytes, run);
+      });
+  return ffi::Error::Success();
+}
+
 XLA_FFI_DEFINE_HANDLER(kApply, Apply,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
@@ -304,6 +331,20 @@ XLA_FFI_DEFINE_HANDLER(kNorms, Norms,
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(kGradientOfActivation, GradientOfActivation,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Attr<int32_t>("activation")
+                           .Attr<int64_t>("outer")
+                           .Attr<int64_t>("channels")
+                           .Attr<int64_t>("inner")
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .RemainingArgs()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>());
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "wdops_activation_grad", "Host",
+                         kGradientOfActivation);
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "wdops_apply", "Host", kApply);
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), "wdops_norms", "Host", kNorms);
 

@@ -2,6 +2,9 @@
 // a rule is an expression that XLA compiles.
 #pragma once
 
+#include <cstdlib>
+#include <string_view>
+
 #include "rules/exponential.h"
 #include "xla/hlo/builder/lib/arithmetic.h"
 #include "xla/hlo/builder/lib/constants.h"
@@ -77,6 +80,19 @@ template <class T>
 struct Scalar<Hlo<T>> {
   using type = T;
 };
+
+// Whether there shall be no call of a kernel: for programs that are to run
+// without this library, and for tests.
+inline bool WithoutCalls() {
+  const char* choice = std::getenv("WDOPS_XLA");
+  return choice && std::string_view(choice) == "hlo";
+}
+
+// What a call of a kernel takes and gives: row after row.
+inline xla::Shape RowMajor(xla::XlaOp op) {
+  const xla::Shape* shape = op.builder()->GetShapePtr(op).value();
+  return xla::ShapeUtil::MakeShape(shape->element_type(), shape->dimensions());
+}
 
 inline absl::Span<const int64_t> Dimensions(xla::XlaOp op) {
   return op.builder()->GetShapePtr(op).value()->dimensions();

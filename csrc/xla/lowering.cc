@@ -3,7 +3,6 @@
 // writes. Elsewhere the functors of rules/ build the HLO, and XLA fuses it. One
 // file, because XLA's headers take half a minute to compile.
 #include <algorithm>
-#include <cstdlib>
 #include <optional>
 #include <utility>
 
@@ -51,10 +50,7 @@ class Lowering : public tensorflow::XlaOpKernel {
 
   void Compile(XlaOpKernelContext* ctx) override {
     OP_REQUIRES_OK(ctx, Check(ctx));
-    // For programs that are to run without this library, and for tests.
-    const char* choice = std::getenv("WDOPS_XLA");
-    const bool as_hlo = choice && std::string_view(choice) == "hlo";
-    OP_REQUIRES_OK(ctx, on_cpu_ && !as_hlo ? Call(ctx) : Lower(ctx));
+    OP_REQUIRES_OK(ctx, on_cpu_ && !WithoutCalls() ? Call(ctx) : Lower(ctx));
   }
 
  protected:
@@ -78,21 +74,16 @@ class Lowering : public tensorflow::XlaOpKernel {
     std::vector<int> written;
     std::vector<std::pair<xla::ShapeIndex, std::pair<int64_t, xla::ShapeIndex>>>
         in_place;
-    const auto add = [&](xla::XlaOp operand) -> absl::Status {
-      TF_ASSIGN_OR_RETURN(const xla::Shape* shape,
-                          ctx->builder()->GetShapePtr(operand));
+    const auto add = [&](xla::XlaOp operand) {
       operands.push_back(operand);
-      // Row after row.
-      shapes.push_back(xla::ShapeUtil::MakeShape(shape->element_type(),
-                                                 shape->dimensions()));
-      return absl::OkStatus();
+      shapes.push_back(RowMajor(operand));
     };
     for (size_t list = 0; list < inputs_.lists.size(); ++list) {
       for (int i = begin; i < end; ++i) {
         const int input = inputs_.At(list, i);
         xla::XlaOp stored;
         TF_RETURN_IF_ERROR(ReadStored(ctx, input, &stored));
-        TF_RETURN_IF_ERROR(add(stored));
+        add(stored);
         if (!writes || input >= inputs_.Resources()) continue;
         const int64_t k = written.size();
         in_place.emplace_back(xla::ShapeIndex{k},
@@ -102,7 +93,7 @@ class Lowering : public tensorflow::XlaOpKernel {
       }
     }
     for (size_t j = 0; j < inputs_.hypers.size(); ++j) {
-      TF_RETURN_IF_ERROR(add(ctx->Input(inputs_.Hyper(j))));
+      add(ctx->Input(inputs_.Hyper(j)));
     }
     made.insert(made.end(), results.begin(), results.end());
     const xla::XlaOp call = xla::CustomCallWithLayout(
