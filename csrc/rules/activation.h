@@ -26,7 +26,7 @@ struct Elu {
 
   template <class V>
   WDOPS_FN V Output(V z) const {
-    return Select(z > 0, scale * z, alpha * Expm1(z));
+    return Select(z < 0, alpha * Expm1(z), scale * z);
   }
   // For z <= 0, alpha * exp(z) = y + alpha.
   template <class V>

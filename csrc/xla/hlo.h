@@ -61,16 +61,17 @@ struct Hlo {
   }
   friend Hlo Abs(Hlo x) { return {xla::Abs(x.op)}; }
   friend Hlo Floor(Hlo x) { return {xla::Floor(x.op)}; }
-  friend Hlo Round(Hlo x) { return {xla::RoundNearestEven(x.op)}; }
-  friend Hlo PowerOfTwo(Hlo n) {
+  friend Hlo Round(Hlo x, Hlo* power) {
+    const Hlo n = {xla::RoundNearestEven(x.op)};
     constexpr bool kDouble = std::is_same_v<T, double>;
     using Bits = std::conditional_t<kDouble, int64_t, int32_t>;
     const auto whole = static_cast<Hlo<Bits>>(n);
     const auto exponent = whole + Like(whole, kDouble ? 1023 : 127);
     const auto bits =
         xla::ShiftLeft(exponent.op, Like(exponent, kDouble ? 52 : 23).op);
-    return {xla::BitcastConvertType(
+    *power = {xla::BitcastConvertType(
         bits, xla::primitive_util::NativeToPrimitiveType<T>())};
+    return n;
   }
   friend Hlo Sqrt(Hlo x) { return {xla::Sqrt(x.op)}; }
   friend Hlo Pow(Hlo x, Hlo y) { return {xla::Pow(x.op, y.op)}; }
