@@ -2,6 +2,9 @@
 
 python -m wdops bench --json benchmarks/results.json --png benchmarks
 python benchmarks/figures.py [README.md] [results.json]
+
+A suite that was measured again on another machine may stand in the place of the first: the JSON then names that machine
+under `elsewhere`, by the suite, and so do its figures.
 """
 
 import json
@@ -27,12 +30,13 @@ class Results:
     machine: dict[str, Any]
     settings: dict[str, Any]
     suites: dict[str, list[Table]]
+    elsewhere: dict[str, dict[str, Any]]  # the machine of a suite, where it is another
 
     @classmethod
     def read(cls, path: Path) -> "Results":
         found = json.loads(path.read_text())
         suites = {name: [Table(**table) for table in tables] for name, tables in found["suites"].items()}
-        return cls(found["machine"], found["settings"], suites)
+        return cls(found["machine"], found["settings"], suites, found.get("elsewhere", {}))
 
 
 def digits(x: float) -> str:
@@ -66,12 +70,16 @@ def paragraph(text: str) -> str:
 
 
 def machine(results: Results) -> str:
-    facts = results.machine
-    versions = [f"{name} {facts['versions'][key]}" for key, name in VERSIONS.items() if key in facts["versions"]]
-    mode = " of the short mode" if results.settings["short"] else ""
     return paragraph(
-        f"{facts['processor']} with {INSTRUCTION_SETS[facts['isa']]}, {facts['threads']} threads, "
-        f"{', '.join(versions)}; medians of up to {results.settings['rounds']} rounds{mode}."
+        f"{described(results.machine)}; medians of up to {results.settings['rounds']} rounds"
+        f"{' of the short mode' if results.settings['short'] else ''}."
+    )
+
+
+def described(facts: dict[str, Any]) -> str:
+    versions = [f"{name} {facts['versions'][key]}" for key, name in VERSIONS.items() if key in facts["versions"]]
+    return (
+        f"{facts['processor']} with {INSTRUCTION_SETS[facts['isa']]}, {facts['threads']} threads, {', '.join(versions)}"
     )
 
 
@@ -108,7 +116,9 @@ def small_training(results: Results) -> str:
 
 
 def activations(results: Results) -> str:
-    return side_by_side("ms (and times wdops)", results.suites["activations"])
+    facts = results.elsewhere.get("activations")
+    there = paragraph(f"On another machine: {described(facts)}.") if facts else ""
+    return there + side_by_side("ms (and times wdops)", results.suites["activations"])
 
 
 def dense_updates(results: Results) -> str:
