@@ -3,8 +3,8 @@
 python -m wdops bench --json benchmarks/results.json --png benchmarks
 python benchmarks/figures.py [README.md] [results.json]
 
-A suite that was measured again on another machine may stand in the place of the first: the JSON then names that machine
-under `elsewhere`, by the suite, and so do its figures.
+The suite `activations` may have been measured again on another machine, which the JSON then names under `elsewhere`,
+and the README above its figures.
 """
 
 import json

@@ -35,7 +35,7 @@ WDOPS_FN V Polynomial(V x, double first, More... more) {
   }
 }
 
-// e^x - 1 for x < 0, within 1.11 ULP in float and 1.2 in double; any number for
+// e^x - 1 for x < 0, within 0.95 ULP in float and 1.2 in double; any number for
 // other x. Sums and products alone, so that the loop around it is vectorized:
 // with x = n*ln(2) + r, |r| <= ln(2)/2, it is 2^n * (e^r - 1) + (2^n - 1).
 template <class V>
@@ -52,14 +52,14 @@ WDOPS_FN V Expm1(V x) {
   V power = x;
   const V n = Round(bounded * Like(x, 1.4426950408889634), &power);
   const V r = (bounded - n * Like(x, kLn2High)) - n * Like(x, kLn2Low);
-  // (e^r - 1 - r)/r^2: Taylor's in double; in float minimax, and within 2^-26
-  // of what e^r - 1 is.
+  // (e^r - 1 - r)/r^2: Taylor's in double; in float what was found to make the
+  // ULPs of the result least.
   const V series =
       kDouble ? Polynomial(r, 1 / 2., 1 / 6., 1 / 24., 1 / 120., 1 / 720.,
                            1 / 5040., 1 / 40320., 1 / 362880., 1 / 3628800.,
                            1 / 39916800., 1 / 479001600., 1 / 6227020800.)
-              : Polynomial(r, 0.5, 0.1666654348373413, 0.04166628047823906,
-                           0.00836661085486412, 0.0013946497347205877);
+              : Polynomial(r, 0.5, 0.16666542, 0.0416666567, 0.00836569164,
+                           0.00139117485);
   return power * (r + r * r * series) + (power - Like(x, 1));
 }
 
