@@ -1,6 +1,7 @@
 // The activation ops under jit_compile=True. On a CPU too they are HLO, unlike
-// the steps, which XLA fuses with a model's other elementwise ops: but for a
-// gradient with a bias, since XLA sums up columns one by one, or in float.
+// the steps: XLA fuses it with a model's other elementwise ops. Only the
+// gradient behind a bias is a call of the kernel there, since XLA sums up
+// columns one by one, or in float.
 #include "ops/activation.h"
 
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
