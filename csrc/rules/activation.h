@@ -26,6 +26,7 @@ struct Elu {
 
   template <class V>
   WDOPS_FN V Output(V z) const {
+    // Not z > 0: -0 keeps its sign, and NaN stays, by the product.
     return Select(z < 0, alpha * Expm1(z), scale * z);
   }
   // For z <= 0, alpha * exp(z) = y + alpha.
