@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import random
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ import rich.console
 import rich.table
 import tensorflow as tf
 
-from wdops import devices, factored, groups, hyperparameters, ops, reference
+from wdops import devices, factored, groups, hyperparameters, ops, placement, reference
 from wdops._load import native
 
 COEFFICIENTS = ("l1", "l2", "proximal_l1", "proximal_l2")
@@ -82,6 +83,7 @@ class _Own:
         self.base_lr: float | None = None
         self.step_applied: keras.Variable | None = None
         self.slot_dtype: str | None = None  # of the variable that is being added
+        self.places: Counter[str] = Counter()  # in memory, that slots of a variable have
         self.arguments: set[str] = set()  # of the constructor
         self.warned: set[str] = set()  # variables whose gradients were not factored
 
@@ -236,6 +238,9 @@ class FusedStep(keras.optimizers.Optimizer):
         is_slot = name not in ("average", "gradient_accumulator")
         self._own.slot_dtype = self.slot_dtype if is_slot and self.slot_dtype in _SLOTS.get(dtype, ()) else None
         try:
+            key = self._var_key(reference_variable)
+            self._own.places[key] += 1
+            initializer = placement.apart(initializer, self._own.places[key])
             return super().add_variable_from_reference(reference_variable, name, initializer)
         finally:
             self._own.slot_dtype = None

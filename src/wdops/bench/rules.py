@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from wdops import ops, reference
-from wdops.bench.timing import STREAM, Run, Settings, Table, in_turn, loop, on_each_isa, ratio, stream_of
+from wdops.bench.timing import STREAM, Run, Settings, Table, in_turn, loop, make_room, on_each_isa, ratio, stream_of
 
 if TYPE_CHECKING:  # only to draw
     from matplotlib.figure import Figure
@@ -22,16 +22,6 @@ SLOTS = "adam by its slots"
 # Hyperparameters that have no default.
 REQUIRED = {"lr": 1e-3, "step": 1000, "u_product": 0.1}
 BFLOAT16 = {"bfloat16 slots": {}, "bfloat16 slots, rounded stochastically": {"seed": 1}}
-
-
-def make_room(n: int) -> None:
-    """Has what is made next, of n float32 elements each, lie side by side.
-
-    Else TensorFlow lays large tensors at distances of powers of two. By a hash of the address, in which those are often
-    the same, an AMD core looks its L1 up, so that one array is in the way of the other: Adam then takes 1.6 times as
-    long in one thread on AVX-512, 2.6 times on AVX2, and a bare stream 1.2 and 1.6 times in two.
-    """
-    tf.zeros([8 * n])  # its room is free at once, and stays TensorFlow's
 
 
 def step_of(rule_name: str, n: int, slot_dtype: tf.DType = tf.float32, **options: int) -> Run:
