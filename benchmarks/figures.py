@@ -1,15 +1,12 @@
-"""Writes the figures in README.md: what stands between <!-- bench:NAME --> and <!-- /bench --> is made of results.json.
+"""Writes the figures in README.md: what stands between <!-- bench:NAME --> and <!-- /bench --> is made of results.json,
+and behind <!-- bench:MACHINE/NAME --> of results_MACHINE.json, of which each is of one machine.
 
 python -m wdops bench --json benchmarks/results.json --png benchmarks
-python benchmarks/figures.py [README.md] [results.json]
-
-The suite `activations` may have been measured again on another machine, which the JSON then names under `elsewhere`,
-and the README above its figures.
+python benchmarks/figures.py
 """
 
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from typing import Any
 
 from wdops.bench.timing import STREAM, Table, gigabytes_per_second, milliseconds, ratio
 
-README, RESULTS = Path(__file__).parents[1] / "README.md", Path(__file__).with_name("results.json")
+README = Path(__file__).parents[1] / "README.md"
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "x86-64"}
 JIT = "Keras, jit_compile=True"
 VERSIONS = {"tensorflow": "TensorFlow", "keras": "Keras", "torch": "PyTorch", "deepspeed": "DeepSpeed"}
@@ -30,13 +27,18 @@ class Results:
     machine: dict[str, Any]
     settings: dict[str, Any]
     suites: dict[str, list[Table]]
-    elsewhere: dict[str, dict[str, Any]]  # the machine of a suite, where it is another
 
     @classmethod
     def read(cls, path: Path) -> "Results":
         found = json.loads(path.read_text())
         suites = {name: [Table(**table) for table in tables] for name, tables in found["suites"].items()}
-        return cls(found["machine"], found["settings"], suites, found.get("elsewhere", {}))
+        return cls(found["machine"], found["settings"], suites)
+
+
+def measured() -> dict[str, Results]:
+    """By machine, as the README calls it; the first one has no name."""
+    files = sorted(Path(__file__).parent.glob("results*.json"))
+    return {path.stem.removeprefix("results").removeprefix("_"): Results.read(path) for path in files}
 
 
 def digits(x: float) -> str:
@@ -70,16 +72,12 @@ def paragraph(text: str) -> str:
 
 
 def machine(results: Results) -> str:
-    return paragraph(
-        f"{described(results.machine)}; medians of up to {results.settings['rounds']} rounds"
-        f"{' of the short mode' if results.settings['short'] else ''}."
-    )
-
-
-def described(facts: dict[str, Any]) -> str:
+    facts = results.machine
     versions = [f"{name} {facts['versions'][key]}" for key, name in VERSIONS.items() if key in facts["versions"]]
-    return (
-        f"{facts['processor']} with {INSTRUCTION_SETS[facts['isa']]}, {facts['threads']} threads, {', '.join(versions)}"
+    return paragraph(
+        f"{facts['processor']} with {INSTRUCTION_SETS[facts['isa']]}, {facts['threads']} threads, "
+        f"{', '.join(versions)}; medians of up to {results.settings['rounds']} rounds"
+        f"{' of the short mode' if results.settings['short'] else ''}."
     )
 
 
@@ -116,9 +114,7 @@ def small_training(results: Results) -> str:
 
 
 def activations(results: Results) -> str:
-    facts = results.elsewhere.get("activations")
-    there = paragraph(f"On another machine: {described(facts)}.") if facts else ""
-    return there + side_by_side("ms (and times wdops)", results.suites["activations"])
+    return side_by_side("ms (and times wdops)", results.suites["activations"])
 
 
 def dense_updates(results: Results) -> str:
@@ -255,19 +251,14 @@ FIGURES: dict[str, Callable[[Results], str]] = {
 }
 
 
-def filled(text: str, results: Results) -> str:
+def filled(text: str, results: dict[str, Results]) -> str:
     """`text` with its figures made of `results`."""
 
     def figure(match: re.Match) -> str:
-        return f"{match[1]}{FIGURES[match[2]](results)}<!-- /bench -->"
+        return f"{match[1]}{FIGURES[match[3]](results[match[2] or ''])}<!-- /bench -->"
 
-    return re.sub(r"(<!-- bench:(\S+) -->).*?<!-- /bench -->", figure, text, flags=re.DOTALL)
-
-
-def main() -> None:
-    readme, results = (*map(Path, sys.argv[1:]), *(README, RESULTS)[len(sys.argv) - 1 :])
-    readme.write_text(filled(readme.read_text(), Results.read(results)))
+    return re.sub(r"(<!-- bench:(?:(\w+)/)?(\S+) -->).*?<!-- /bench -->", figure, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    main()
+    README.write_text(filled(README.read_text(), measured()))

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from wdops import layers, ops, optimizers
 from wdops.bench import timing
-from wdops.bench.timing import Run, Settings, Table, in_its_own_process, in_turn, loop, stream_of
+from wdops.bench.timing import Run, Settings, Table, in_its_own_process, in_turn, loop, make_room, stream_of
 from wdops.factored import FactoredGradient
 from wdops.regularizers import fold_regularizers
 
@@ -29,6 +29,7 @@ FACTORS, PLAIN, KERAS = "wdops, factor_gradients", "wdops", "Keras, tf.function"
 
 def update_runs(n: int, batch: int) -> dict[str, Run]:
     """The fused AdamW of a kernel from the factors of its gradient, and from their product."""
+    make_room(n * n)
     p, m, v = (tf.Variable(tf.random.normal([n, n])) for _ in range(3))
     v.assign(tf.abs(v))
     x, dz = (tf.Variable(tf.random.normal([batch, n])) for _ in range(2))

@@ -57,13 +57,13 @@ class Case:
 
 
 CASES = [
-    Case("64 M in 1 tensor", [(1 << 26,)]),
+    Case("64 M in 1 tensor", [(64_000_000,)]),
     Case("BERT-base, 109.5 M in 199", BERT_BASE),
     Case("1 M in 1 tensor, caches flushed", [(1 << 20,)], flushed=True),
     Case("32 k in 1 tensor, cache-resident", [(1 << 15,)]),
 ]
 SHORT_CASES = [
-    Case("4 M in 1 tensor", [(1 << 22,)]),
+    Case("4 M in 1 tensor", [(4_000_000,)]),
     Case("a layer of BERT-base, 7.1 M in 16", BERT_LAYER),
     *CASES[2:],
 ]
