@@ -8,7 +8,7 @@ TensorFlow puts it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -31,10 +31,7 @@ def apart(initializer: Any, place: int) -> Any:
     kinds = keras.initializers.Zeros, keras.initializers.Ones, keras.initializers.Constant
     if not isinstance(constant, kinds) or not isinstance(getattr(constant, "value", 0), int | float):
         return initializer
-    return _at(constant, place)
 
-
-def _at(constant: Callable, place: int) -> Callable:
     def values(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         size = tf.as_dtype(dtype or keras.config.floatx()).size
         n = math.prod(shape)
