@@ -46,7 +46,7 @@ def test_what_is_not_one_constant_is_left_alone(initializer):
 
 def test_no_two_places_of_a_step_share_a_line_of_a_page():
     # The variable, three slots, the average and the accumulator; and what is fetched 2 KiB ahead of each.
-    begins = [768 * place % 4096 for place in range(6)]
+    begins = [placement._DISTANCE * place % 4096 for place in range(6)]
     lines = {(begin + ahead) // 64 % 64 for begin in begins for ahead in (0, 2048)}
     assert len(lines) == 2 * len(begins)
 
