@@ -17,6 +17,7 @@ from wdops import layers, ops, optimizers
 from wdops.bench import timing
 from wdops.bench.timing import Run, Settings, Table, in_its_own_process, in_turn, loop, make_room, stream_of
 from wdops.factored import FactoredGradient
+from wdops.placement import apart
 from wdops.regularizers import fold_regularizers
 
 N, SHORT_N = 4096, 512
@@ -30,8 +31,9 @@ FACTORS, PLAIN, KERAS = "wdops, factor_gradients", "wdops", "Keras, tf.function"
 def update_runs(n: int, batch: int) -> dict[str, Run]:
     """The fused AdamW of a kernel from the factors of its gradient, and from their product."""
     make_room(n * n)
-    p, m, v = (tf.Variable(tf.random.normal([n, n])) for _ in range(3))
-    v.assign(tf.abs(v))
+    p = tf.Variable(tf.random.normal([n, n]))
+    # As an optimizer lays them: at distances of powers of two they would be in each other's way.
+    m, v = (tf.Variable(apart(value, place)((n, n))) for place, value in enumerate(("zeros", "ones"), 1))
     x, dz = (tf.Variable(tf.random.normal([batch, n])) for _ in range(2))
 
     def step(factored: bool) -> None:
