@@ -230,7 +230,7 @@ def in_turn(
     bytes_per_element: dict[str, float] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Table:
-    """Times all in turn, after a first call that is not counted, and in each round one of the last rival's.
+    """Times all in turn, after a first call that is not counted, and in each round after some steps that are not.
 
     A round in which others took a noticeable part of the machine is repeated once they leave off, for as many seconds
     as `settings.patience` says; then the quietest rounds count. The fact `others` is the part they took in the worst.
@@ -249,16 +249,17 @@ def in_turn(
             times[name] = min(times[name], 10)
     measured: list[tuple[float, dict[str, float]]] = []  # the others' part, and the seconds of a step
     deadline = time.perf_counter() + settings.patience
-    *_, last = runs
     while sum(part < QUIET for part, _ in measured) < settings.rounds:
         if len(measured) >= settings.rounds and time.perf_counter() > deadline:
             break
         _wait_for_quiet(deadline)
         others = _Others()
-        # Who runs first behind a rest pays for it, with a slow clock and other processes' caches; in a cycle that is
-        # nobody, and the first comes behind the last.
-        clock(runs[last], times[last])
-        seconds = {name: clock(run, times[name]) for name, run in runs.items()}
+        seconds = {}
+        for name, run in runs.items():
+            # Who runs first behind a rest pays for it, with a slow clock, other processes' caches, and threads that a
+            # scheduler wakes on one processor; so everybody runs a while before it counts.
+            run(max(1, times[name] // 4))
+            seconds[name] = clock(run, times[name])
         measured.append((others.part(), seconds))
     quietest = sorted(measured, key=lambda of_round: of_round[0])[: settings.rounds]
     return Table(
