@@ -76,8 +76,9 @@ def test_rivals_take_turns_and_run_as_often_as_counted():
     calls = []
     runs = {name: lambda times, name=name: calls.append((name, times)) for name in ("one", "other")}
     table = timing.in_turn("title", runs, SETTINGS, elements=5, facts={"a": 1})
-    # The first comes behind the last in every round, as in a cycle; that call is not counted.
-    assert [name for name, _ in calls[-6:]] == ["other", "one", "other"] * 2
+    # In every round each runs a while before it counts.
+    assert [name for name, _ in calls[-8:]] == ["one", "one", "other", "other"] * 2
+    assert [times for _, times in calls[-8::2]] == [max(1, times // 4) for _, times in calls[-7::2]]
     assert {name: len(seconds) for name, seconds in table.seconds.items()} == {"one": 2, "other": 2}
     assert (table.title, table.elements, table.facts["a"]) == ("title", 5, 1)
 
