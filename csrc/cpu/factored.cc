@@ -8,6 +8,7 @@
 #endif
 
 #include "cpu/add_up.h"
+#include "cpu/ahead.h"
 #include "cpu/float_mode.h"
 
 namespace wdops::cpu {
