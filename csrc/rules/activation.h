@@ -27,7 +27,7 @@ struct Elu {
   template <class V>
   WDOPS_FN V Output(V z) const {
     // Not z > 0: -0 keeps its sign, and NaN stays, by the product.
-    return Select(z < 0, alpha * Expm1(z), scale * z);
+    return Select(z < 0, ScaledExpm1(alpha, z), scale * z);
   }
   // For z <= 0, alpha * exp(z) = y + alpha.
   template <class V>
