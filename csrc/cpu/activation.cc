@@ -10,10 +10,11 @@ namespace {
 template <class T, class Activation, class Bias>
 void ActivateRow(const Activation activation, const T* x, const Bias& bias,
                  T* output, int n) {
-  for (int begin = 0; begin < n; begin += kLanes) {
+  const int asked = ElementsAsked(n);
+  for (int begin = 0; begin < n; begin += asked) {
     FetchAhead(x, begin);
     FetchAhead(output, begin);
-    const int end = std::min(begin + kLanes, n);
+    const int end = std::min(begin + asked, n);
 #pragma GCC ivdep
     for (int i = begin; i < end; ++i) {
       Store(activation.Output(Load(x[i]) + bias(i)), &output[i]);
@@ -46,11 +47,12 @@ void ActivateRows(const double* hyper, const Rows& rows, const void* x,
 template <bool kSums, class T, class Activation>
 void ActivateGradRow(const Activation activation, const T* grad,
                      const T* output, T* x_grad, double* sums, int n) {
-  for (int begin = 0; begin < n; begin += kLanes) {
+  const int asked = ElementsAsked(n);
+  for (int begin = 0; begin < n; begin += asked) {
     FetchAhead(grad, begin);
     FetchAhead(output, begin);
     FetchAhead(x_grad, begin);
-    const int end = std::min(begin + kLanes, n);
+    const int end = std::min(begin + asked, n);
 #pragma GCC ivdep
     for (int i = begin; i < end; ++i) {
       const auto g = activation.Gradient(Load(grad[i]), Load(output[i]));

@@ -67,10 +67,10 @@ void SweepPlain(const Step<Rule, Compute<T>> given, const Chunk& chunk) {
   const Arrays<T, SlotT, kSlots> a(chunk, 0);
   const uint32_t high = static_cast<uint64_t>(chunk.begin) >> 32;
   const uint32_t low = chunk.begin;
-  const int n = chunk.n;
-  for (int begin = 0; begin < n; begin += kLanes) {
+  const int n = chunk.n, asked = ElementsAsked(n);
+  for (int begin = 0; begin < n; begin += asked) {
     FetchAhead(a, begin);
-    const int end = std::min(begin + kLanes, n);
+    const int end = std::min(begin + asked, n);
 #pragma GCC ivdep
     for (int i = begin; i < end; ++i) {
       S p = Load(a.param[i]);
@@ -123,11 +123,12 @@ void SweepFull(const Step<Rule, Compute<T>> given, const Chunk& chunk,
       StoreRounded<kStochastic>(average, &a.average[i], bits, 1 + kSlots);
       Store(S(0), &a.accumulator[i]);
     };
-    for (int i = 0; i < n; i += kLanes) {
+    const int asked = kSquares ? kLanes : ElementsAsked(n);
+    for (int i = 0; i < n; i += asked) {
       FetchAhead(a, i);
       if (chunk.accumulator) FetchAhead(a.accumulator, i);
       if (chunk.average) FetchAhead(a.average, i);
-      const int last = std::min(i + kLanes, n);
+      const int last = std::min(i + asked, n);
 #pragma GCC ivdep
       for (int j = i; j < last; ++j) element(j);
       if constexpr (kSquares) {

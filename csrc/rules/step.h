@@ -76,7 +76,8 @@ struct Gradient {
   }
   template <class V>
   WDOPS_FN V Penalty(V param) const {
-    return Term(l1, Sign(param)) + Term(l2_slope, param);
+    const V ridge = Term(l2_slope, param);
+    return Select(l1 == 0, ridge, l1 * Sign(param) + ridge);
   }
   template <class V>
   WDOPS_FN V Total(V param, V grad) const {
