@@ -23,7 +23,7 @@ from wdops.factored import MOST_ROWS, FactoredGradient
 SHAPES = [
     *[(n, n, n) for n in (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)],
     (3, 700, 100), (2, 3, 4097), (2, 33, 9001), (300, 5, 70), (129, 9, 65), (5, 40000, 1), (1, 1, 20000),
-    (65, 40, 1030), (257, 70, 520),  # tiles that are higher for their batch
+    (65, 40, 1030), (257, 70, 520),
     (0, 3, 4), (4, 0, 5), (4, 5, 0),
 ]  # fmt: skip
 
@@ -587,7 +587,7 @@ def test_eager_training_of_a_layer_that_is_called_several_times(calls, module, o
             with tf.GradientTape() as tape:
                 loss = tf.add_n([tf.reduce_mean(layer((k + 1) * x) ** 2) for k in range(calls)])
             grads = tape.gradient(loss, layer.trainable_variables)
-            assert isinstance(grads[0], FactoredGradient) == (factored and calls == 1)
+            assert isinstance(grads[0], FactoredGradient) == (factored and calls == 1 and module == "wdops")
             optimizer.apply(grads, layer.trainable_variables)
         kernels.append(layer.kernel.numpy())
     np.testing.assert_allclose(*kernels, rtol=0, atol=2e-5)
@@ -656,6 +656,8 @@ def test_dense_hands_over_factors_whatever_its_activation(activation, use_bias):
     for one in (layer, theirs):
         one.build((None, 24))
     theirs.set_weights(layer.get_weights())
+    optimizer = wdops.optimizers.SGD(0.1)
+    optimizer.build(layer.trainable_variables)
     grads = []
     for one in (layer, theirs):
         with tf.GradientTape() as tape:
@@ -663,6 +665,118 @@ def test_dense_hands_over_factors_whatever_its_activation(activation, use_bias):
         grads.append(tape.gradient(loss, one.kernel.value))
     assert isinstance(grads[0], FactoredGradient)
     np.testing.assert_allclose(grads[0].values, grads[1], rtol=1e-4, atol=1e-6)
+
+
+def stepped_by_factors(layer):
+    """The layer, and the optimizer that takes its factors as long as it lives."""
+    optimizer = wdops.optimizers.SGD(0.1)
+    optimizer.build(layer.trainable_variables)
+    return layer, optimizer
+
+
+class OfUnitNorm(wdops.layers.Dense):
+    @property
+    def kernel(self):
+        kernel = tf.convert_to_tensor(super().kernel)
+        return kernel / tf.norm(kernel)
+
+
+def test_the_kernel_is_the_one_that_the_layer_has():
+    """In a scope that gives it another value, and in a subclass that makes it from the variable."""
+    x, _ = data(7)
+    layer, _optimizer = stepped_by_factors(dense(factored_gradient=True))
+    others = [tf.random.normal(v.shape) for v in layer.trainable_variables]
+    with tf.GradientTape() as tape:
+        tape.watch(others)
+        output, _ = layer.stateless_call(others, [], x)
+    np.testing.assert_allclose(output, tf.nn.elu(x @ others[0] + others[1]), rtol=1e-5, atol=1e-5)
+    assert all(g is not None for g in tape.gradient(output, others))
+
+    normed = OfUnitNorm(5, use_bias=False, factored_gradient=True)
+    normed.build((None, 24))
+    normed, _optimizer = stepped_by_factors(normed)
+    np.testing.assert_allclose(normed(x), x @ normed.kernel, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "bool", "bfloat16", "float64"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_inputs_of_another_dtype_are_promoted_as_in_keras(dtype, autocast):
+    x = tf.cast(tf.constant([[0, 1, 2]]), dtype)
+    layers = [
+        wdops.layers.Dense(4, use_bias=False, factored_gradient=True, autocast=autocast),
+        keras.layers.Dense(4, use_bias=False, autocast=autocast),
+    ]
+    for layer in layers:
+        layer.build((None, 3))
+    layers[0].set_weights(layers[1].get_weights())
+    ours, _optimizer = stepped_by_factors(layers[0])
+    got, want = ours(x), layers[1](x)
+    assert got.dtype == want.dtype
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", ["wdops", "keras"])
+@pytest.mark.parametrize("reader", ["a layer", "a lookup"])
+def test_eager_training_where_something_else_reads_the_kernel(reader, module):
+    x, _ = data(7)
+    kernels = []
+    for factored in (True, False):
+        layer, tied = (dense(factored_gradient=factored) for _ in range(2))
+        tied._tracker.unlock()
+        tied._kernel = layer._kernel
+        optimizer = (wdops if module == "wdops" else keras).optimizers.Adam(1e-2)
+        optimizer.build(layer.trainable_variables)
+        for _ in range(3):
+            with tf.GradientTape() as tape:
+                other = tied(2 * x) if reader == "a layer" else tf.gather(layer._kernel.value, [1, 3, 3])
+                loss = tf.reduce_mean(layer(x) ** 2) + tf.reduce_mean(other**2)
+            optimizer.apply(tape.gradient(loss, layer.trainable_variables), layer.trainable_variables)
+        kernels.append(layer.kernel.numpy())
+    np.testing.assert_allclose(*kernels, rtol=0, atol=2e-5)
+
+
+def test_forward_mode_and_second_derivatives_eagerly():
+    x = tf.constant(data(7)[0])
+    results = []
+    for factored in (True, False):
+        layer, _optimizer = stepped_by_factors(dense(factored_gradient=factored))
+        kernel, towards = layer._kernel.value, tf.ones_like(layer._kernel.value)
+        of_both = []
+        for primal, tangent in ((x, tf.ones_like(x)), (kernel, towards)):
+            with tf.autodiff.ForwardAccumulator(primal, tangent) as accumulator:
+                output = layer(x)
+            of_both.append(accumulator.jvp(output))
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                loss = tf.reduce_sum(layer(x) ** 2)
+            grad = inner.gradient(loss, kernel)
+        results.append([*of_both, outer.gradient(grad, kernel, output_gradients=towards)])
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+_REPLICAS = """
+import keras, numpy as np, tensorflow as tf, wdops
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+x = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+for module in (keras, wdops):
+    losses = []
+    for factored in (True, False):
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            keras.utils.set_random_seed(0)
+            layers = [wdops.layers.Dense(n, factored_gradient=factored) for n in (4, 2)]
+            model = keras.Sequential([keras.Input((5,)), *layers])
+            model.compile(module.optimizers.Adam(0.05), "mse", run_eagerly=True)
+        losses.append(model.fit(x, np.ones((8, 2)), epochs=5, verbose=0, shuffle=False).history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+"""
+
+
+def test_replicas_of_an_eager_layer():
+    """In a process of its own, since it splits the CPU into two devices."""
+    result = subprocess.run([sys.executable, "-c", _REPLICAS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_dense_is_saved_with_its_choice(tmp_path):

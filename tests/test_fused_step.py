@@ -180,6 +180,56 @@ def test_a_step_that_fails_leaves_everything_as_it_was(failure, name, mode):
         assert a.tobytes() == b.tobytes(), path
 
 
+@pytest.mark.parametrize("module", [keras.optimizers, optimizers], ids=["keras", "wdops"])
+def test_a_gradient_that_is_missing_in_the_last_micro_step(module):
+    """What the others left for its variable does not reach the next step."""
+    variables = [keras.Variable([1.0]), keras.Variable([1.0])]
+    optimizer = module.SGD(0.1, gradient_accumulation_steps=2)
+    optimizer.build(variables)
+    one = tf.constant([1.0])
+    for grads in ([one, one], [one, None], [one, one], [one, one]):
+        optimizer.apply(grads, variables)
+    np.testing.assert_allclose([v.numpy() for v in variables], [[0.8], [0.9]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["clipnorm", "global_clipnorm"])
+def test_of_two_limits_that_are_set_one_after_another_the_norm_counts(norm):
+    results = []
+    for module in (keras.optimizers, optimizers):
+        variable = keras.Variable([1.0, 1.0])
+        optimizer = module.SGD(0.1, **{norm: 1.0})
+        optimizer.clipvalue = 0.1
+        optimizer.apply([tf.ones(2)], [variable])
+        results.append(variable.numpy())
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [keras.Variable, tf.Variable])
+def test_a_variable_as_learning_rate_is_checkpointed_and_exported(make, tmp_path):
+    lr = make(0.125)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(optimizers.AdamW(lr), loss="mse")
+    model.fit(tf.ones((4, 2)), tf.ones((4, 1)), verbose=0)
+    checkpoints = [tf.train.Checkpoint(optimizer=model.optimizer), tf.train.Checkpoint(model=model)]
+    paths = [c.save(tmp_path / str(i) / "c") for i, c in enumerate(checkpoints)]
+    for checkpoint, path in zip(checkpoints, paths, strict=True):
+        lr.assign(0.5)
+        checkpoint.restore(path).assert_consumed()
+        assert float(lr.numpy()) == float(model.optimizer.learning_rate.numpy()) == 0.125
+    model.optimizer.learning_rate = 0.25
+    assert float(lr.numpy()) == 0.25
+    model.export(tmp_path / "export", verbose=False)
+    tf.saved_model.save(model, tmp_path / "saved")
+    assert len(model.get_state_tree()["optimizer_variables"]) > 0
+
+
+def test_a_gradient_that_is_no_number_is_named():
+    variable = keras.Variable([1.0], name="w")
+    with pytest.raises(ValueError, match="the gradient of w has dtype string"):
+        optimizers.SGD(0.1).apply([tf.constant(["a"])], [variable])
+    assert variable.numpy() == 1
+
+
 def test_lists_of_unequal_length_are_refused():
     variables = [keras.Variable([1.0]), keras.Variable([2.0])]
     with pytest.raises(ValueError, match="grads has 1 entries, but trainable_variables has 2"):
@@ -359,6 +409,18 @@ def test_options_are_checked_and_named(bad):
     with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
         opt = optimizers.SGD(0.1, **bad)
         opt.apply([tf.ones(1)], [keras.Variable([1.0])])
+
+
+@pytest.mark.parametrize("bad", [[1, 2], np.array([1.0, 2.0]), tf.constant([1.0, 2.0]), tf.Variable([1.0, 2.0]), "a"])
+def test_hyperparameters_are_checked_where_they_are_given(bad):
+    with pytest.raises(ValueError, match="`weight_decay` must be a number"):
+        optimizers.SGD(0.1, weight_decay=bad)
+
+
+def test_options_that_equal_a_choice_are_it():
+    opt = optimizers.AdamW(0.1, scaled_proximal=1, seed=np.int64(3))
+    assert opt.scaled_proximal is True and type(opt.seed) is int
+    opt.apply([tf.ones(1)], [keras.Variable([1.0])])
 
 
 SCHEDULE = keras.optimizers.schedules.PolynomialDecay(0.5, 10, 0.1)
@@ -541,11 +603,13 @@ def test_the_report_names_every_decay_and_the_reason():
 def test_groups_are_checked():
     opt = optimizers.SGD(0.1)
     bad = [("[", {"lr": 2.0}, "regular expression"), (3, {"lr": 2.0}, "predicate"),
-           ("a", {}, "multipliers"), ("a", {"beta": 1.0}, "beta"),
+           ("a", {}, "multipliers"), ("a", {"beta": 1.0}, "beta"), ("a", {"lr": "x"}, "of lr"),
            ("a", {"l1": -1.0}, "l1"), ("a", {"lr": np.nan}, "lr")]  # fmt: skip
     for variables, multipliers, message in bad:
         with pytest.raises(ValueError, match=message):
             opt.add_group(variables, **multipliers)
+    with pytest.raises(ValueError, match="var_names 3"):
+        opt.exclude_from_weight_decay(var_names=[3])
     other = keras.Variable([1.0], name="elsewhere")
     opt.add_group(other, lr=2.0)
     with pytest.warns(UserWarning, match="elsewhere"):

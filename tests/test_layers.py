@@ -90,6 +90,18 @@ def test_what_is_fused(activation):
     assert ("BiasAdd" in found or "AddV2" in found) == (activation not in FUSED)
 
 
+@pytest.mark.parametrize("mode", ["int8", "float8"])
+def test_quantization_goes_the_way_of_keras(mode):
+    theirs = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4, activation="elu", name="d")])
+    ours = layers.convert(theirs).model
+    x = inputs(5, 6)
+    for model in (theirs, ours):
+        model.quantize(mode)
+    assert ours.layers[0].quantization_mode == mode
+    assert ours.layers[0].kernel.dtype == theirs.layers[0].kernel.dtype
+    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-6, atol=1e-6)
+
+
 def test_lora_and_layers_of_another_dtype_go_the_way_of_keras():
     dense = layers.Dense(4, activation="elu")
     dense.build((None, 5))

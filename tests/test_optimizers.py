@@ -380,6 +380,32 @@ def test_mirrored_strategy():
     assert float(result.stdout) < 5e-6
 
 
+_MIRRORED_PENALTY = """
+import contextlib, keras, numpy as np, tensorflow as tf, wdops
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+def run(scope, **clip):
+    with scope:
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+        model.compile(wdops.optimizers.SGD(0.1, l1=0.1, l2=0.5, **clip), loss="mse", jit_compile=False)
+    model.fit(x, x[:, :1], batch_size=16, epochs=3, verbose=0, shuffle=False)
+    return model.get_weights()[0]
+alone = run(contextlib.nullcontext())
+for name in ("loss_scale_factor", "clipnorm", "clipvalue", "global_clipnorm"):
+    limit = None if name == "loss_scale_factor" else 1e9
+    np.testing.assert_allclose(run(strategy.scope(), **{name: limit}), alone, rtol=0, atol=1e-6, err_msg=name)
+"""
+
+
+def test_a_penalty_counts_once_however_many_replicas_there_are():
+    """With and without a clip, which clips nothing but makes the penalty a part of each replica's gradient."""
+    result = subprocess.run([sys.executable, "-c", _MIRRORED_PENALTY], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES.values()}))
 def test_signature_and_docstring_are_whole(name):
     ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (wdops.optimizers, keras.optimizers))

@@ -157,6 +157,8 @@ def main() -> None:
     for name in ("epochs", "steps", "hidden", "batch", "rounds"):
         if arguments.get(name) is not None and arguments[name] < 1:
             parser.error(f"--{name} must be at least 1")
+    if command in ("demo", "grid") and (arguments["png"].suffix != ".png" or not arguments["png"].parent.is_dir()):
+        parser.error(f"--png must be a name in a folder that there is, and end in .png, unlike {arguments['png']}")
     if command == "grid":
         arguments["strengths"] = arguments["strengths"] or STRENGTHS[arguments["decay"]]
         if not all(0 <= x < math.inf for x in arguments["strengths"]):

@@ -1,5 +1,7 @@
 """Gradients of a matrix that stay the factors x and dz of x^T dz, and how they are found in what a tape returns."""
 
+import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,24 @@ _WIDER = {
     tf.float32: _FLOATS,
     tf.float64: _FLOATS[1:],
 }
+
+
+@dataclass
+class Handover:
+    """Who makes and takes the eager FactoredGradients of a variable. It stays behind when the variable is copied."""
+
+    optimizers: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # of wdops that were built with the variable
+    calls: weakref.WeakSet = field(default_factory=weakref.WeakSet)  # of its layers, which a tape holds
+
+    def __reduce__(self) -> Any:
+        return Handover, ()
+
+
+def handover_of(variable: Any) -> Handover:
+    """Kept as an attribute: no dictionary takes a variable."""
+    if not hasattr(variable, "handover"):
+        variable.handover = Handover()
+    return variable.handover
 
 
 class FactoredGradient(tf.IndexedSlices):

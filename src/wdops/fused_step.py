@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import numbers
 import random
 import warnings
 from collections import Counter
@@ -46,10 +47,15 @@ _HOOKS = (
 
 def checked(name: str, value: Any) -> Any:
     """An option of the constructor, if it is one that it takes."""
-    if name in _CHOICES and not any(value is c or value == c for c in _CHOICES[name]):
-        raise ValueError(f"`{name}` must be one of {_CHOICES[name]}. Received: {name}={value!r}")
-    if name == "seed" and (not isinstance(value, int) or value < 0):
-        raise ValueError(f"`seed` must be a whole number of at least 0. Received: seed={value!r}")
+    if name in _CHOICES:
+        chosen = [c for c in _CHOICES[name] if value is c or value == c]
+        if not chosen:
+            raise ValueError(f"`{name}` must be one of {_CHOICES[name]}. Received: {name}={value!r}")
+        return chosen[0]
+    if name == "seed":
+        if not isinstance(value, numbers.Integral) or value < 0:
+            raise ValueError(f"`seed` must be a whole number of at least 0. Received: seed={value!r}")
+        return int(value)
     if name not in COEFFICIENTS:
         return value
     if not 0 <= hyperparameters.to_float(name, value) < float("inf"):
@@ -115,8 +121,11 @@ class FusedStep(keras.optimizers.Optimizer):
         options = {name: checked(name, kwargs.pop(name, default)) for name, default in OPTIONS.items()}
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        given = {n: float(x) if tf.is_tensor(x) and not hyperparameters.changes(x) else x for n, x in given.items()}
         changing = {n: x for n, x in given.items() if hyperparameters.changes(x)}
+        for name, value in given.items():
+            if name not in changing and name != "name" and value is not None:
+                number = hyperparameters.to_float(name, value)
+                given[name] = number if tf.is_tensor(value) else value
         for name in _FIXED & set(changing):
             raise ValueError(f"`{name}` must be a number that does not change. Received: {name}={changing[name]}")
         if not isinstance(changing.get("learning_rate"), (keras.Variable, tf.Variable)):
@@ -127,9 +136,10 @@ class FusedStep(keras.optimizers.Optimizer):
         self._own.arguments = {*given, *OPTIONS}
         lr = changing.pop("learning_rate", None)
         if lr is not None:
-            place = next(i for i, v in enumerate(self._variables) if v is self._learning_rate)
-            self._variables[place] = lr
-            object.__setattr__(self, "_learning_rate", lr)
+            lr = hyperparameters.as_keras(lr)
+            # A new list: checkpoints refuse one of which an element was replaced.
+            self._variables = [lr if v is self._learning_rate else v for v in self._variables]
+            self._learning_rate = lr
         for name, value in (options | changing).items():
             # Past Keras's tracking: a variable of the user is none of the optimizer's.
             object.__setattr__(self, name, value)
@@ -152,8 +162,6 @@ class FusedStep(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         config = super().get_config() | {n: getattr(self, n) for n, d in OPTIONS.items() if getattr(self, n) != d}
         config |= {n: hyperparameters.serialize(n, x) for n, x in self._changing().items()}
-        if isinstance(self._learning_rate, tf.Variable):
-            config["learning_rate"] = float(self._learning_rate.numpy())
         if self._own.groups:
             known = self._trainable_variables if self.built else []
             config["groups"] = groups.serialize(self._own.groups, [(v, self._var_key(v)) for v in known])
@@ -206,6 +214,8 @@ class FusedStep(keras.optimizers.Optimizer):
         with self._with(lambda value: 0.5), devices.on_host():
             super().build(variables)
             self._own.step_applied = keras.Variable(True, dtype="bool", trainable=False, name="step_applied")
+        for variable in self._trainable_variables:
+            factored.handover_of(variable).optimizers.add(self)
         self._own.choices = {}
         self._find_saved()
 
@@ -512,7 +522,12 @@ class FusedStep(keras.optimizers.Optimizer):
             if found is not None:
                 return found
             self._warn_of_whole(kernel)
-        return grad if isinstance(grad, factored.FactoredGradient) else dense(grad, variable)
+        if isinstance(grad, factored.FactoredGradient):
+            return grad
+        grad = dense(grad, variable)
+        if not (grad.dtype.is_floating or grad.dtype.is_integer or grad.dtype.is_bool):
+            raise ValueError(f"the gradient of {groups.path_of(kernel)} has dtype {grad.dtype.name}, but must be real")
+        return grad
 
     def _warn_of_whole(self, variable: Any) -> None:
         key = self._var_key(variable)
@@ -648,9 +663,10 @@ class FusedStep(keras.optimizers.Optimizer):
             counters = self._counters()
             rule_hypers = {n: self._now(x) for n, x in rule_hypers.items()} | {n: x for n, (_, x) in counters.items()}
             lr_scale = rule_hypers.pop("lr_scale", None)
-            clip_value = self._limit("clipvalue") if self._clips("clipvalue") else 0.0
+            clips = self._clips("clipnorm", "global_clipnorm")
+            # As in Keras, of limits that are set one after another a norm's counts.
+            clip_value = self._limit("clipvalue") if self._clips("clipvalue") and not clips else 0.0
             learning_rate = self.learning_rate
-        clips = self._clips("clipnorm", "global_clipnorm")
         clip_scales = self._clip_scales(norms) if clips else [1.0] * len(batches)
         done = []
         for batch, clip_scale in zip(batches, clip_scales, strict=True):
@@ -676,7 +692,11 @@ class FusedStep(keras.optimizers.Optimizer):
             for variable, value in counters.values():
                 variable.assign(value)
             stepped = {i for batch in batches for i in batch.index}
-            self._average([i for i in range(len(self._trainable_variables)) if i not in stepped])
+            rest = [i for i in range(len(self._trainable_variables)) if i not in stepped]
+            self._average(rest)
+            # A variable without a gradient in the last micro-step loses those before, as in Keras.
+            for i in rest if self.gradient_accumulation_steps else ():
+                self._accumulated_gradients[i].assign(tf.zeros_like(self._accumulated_gradients[i]))
         return done
 
     def _accumulate(self, batches: list[_Batch], scale: dict[str, Any]) -> list[tf.Tensor]:
@@ -770,6 +790,8 @@ class FusedStep(keras.optimizers.Optimizer):
             return grad
         l1, l2 = (tf.squeeze(reference.to_float64(self._coefficient(n, index))) for n in ("l1", "l2"))
         penalty = reference.penalty_gradient(tf.convert_to_tensor(variable), l1, l2)
+        # The replicas' gradients are added up, and so is this.
+        penalty /= tf.distribute.get_strategy().num_replicas_in_sync
         return tf.cast(tf.convert_to_tensor(grad), variable.dtype) + penalty
 
     @property

@@ -1,5 +1,6 @@
 """Who is decayed, and how fast it learns: multipliers for groups of variables, and the reason for each."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ def selectors(variables: Any, key_of: Callable[[Any], Any]) -> list[Selector]:
 def pattern(name: str, text: str) -> str:
     try:
         re.compile(text)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(f"{name} {text!r} is no regular expression: {error}") from error
     return text
 
@@ -115,9 +116,13 @@ def pattern(name: str, text: str) -> str:
 def multiplier(name: str, value: float) -> float:
     if name not in MULTIPLIERS:
         raise ValueError(f"{name!r} has no multiplier; those that have are {', '.join(MULTIPLIERS)}")
-    if not 0 <= float(value) < float("inf"):
-        raise ValueError(f"the multiplier of {name} must be finite and at least 0. Received: {name}={value}")
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"the multiplier of {name} must be a finite number of at least 0. Received: {name}={value!r}")
+    return number
 
 
 def serialize(groups: Iterable[Group], variables: Sequence[tuple[Any, Any]]) -> list[dict[str, Any]]:

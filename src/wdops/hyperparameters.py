@@ -34,6 +34,15 @@ def to_float(name: str, value: Any) -> float:
         ) from error
 
 
+def as_keras(variable: Any) -> keras.Variable:
+    """A variable of TensorFlow as one of Keras, which is a name for the same memory."""
+    if isinstance(variable, keras.Variable):
+        return variable
+    named = keras.Variable(0.0, dtype=variable.dtype.name, trainable=False, name="learning_rate")
+    named._value = variable
+    return named
+
+
 def serialize(name: str, value: Any) -> Any:
     """As a config keeps it: schedules and callables as Keras does, variables as their value."""
     if isinstance(value, (keras.Variable, tf.Variable)):

@@ -5,17 +5,18 @@ import functools
 import itertools
 import math
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.common.stateless_scope import in_stateless_scope  # private: who else has the kernel's value
 from keras.src.models.functional import Functional  # private: what keras.Model(inputs, outputs) is
+from tensorflow.python.eager import forwardprop_util, record  # private: who else differentiates
 
 from wdops import ops
-from wdops.factored import FactoredGradient
+from wdops.factored import FactoredGradient, handover_of
 
 _FUNCTIONS = (
     (keras.activations.elu, ops.elu),
@@ -40,20 +41,17 @@ def _fused(activation: Any) -> Callable[..., tf.Tensor] | None:
     return next((op for function, op in _FUNCTIONS if function is activation), None)
 
 
-# The calls of each layer that a tape still holds, outside a tf.function.
-_held: "weakref.WeakKeyDictionary[keras.Layer, weakref.WeakSet]" = weakref.WeakKeyDictionary()
-
-
 class _Call:
     """Lives as long as the gradient function of a call does."""
 
 
-def _factored_matmul(layer: keras.Layer, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-    """The product, whose gradient is a FactoredGradient, unless a tape holds another call of the layer.
+def _factored_matmul(variable: keras.Variable, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    """The product, whose gradient is a FactoredGradient, unless a tape holds another call with the variable.
 
-    A tape would join two of those as the rows of a sparse gradient, each of which optimizers take for a gradient.
+    A tape would join two of those as the rows of a sparse gradient, each of which optimizers take for a gradient. Nor
+    can it differentiate one, so that a tape around the tape gets a tensor.
     """
-    calls = _held.setdefault(layer, weakref.WeakSet())
+    calls = handover_of(variable).calls
 
     @tf.custom_gradient
     def matmul(x: tf.Tensor, kernel: tf.Tensor) -> Any:
@@ -63,8 +61,8 @@ def _factored_matmul(layer: keras.Layer, x: tf.Tensor, kernel: tf.Tensor) -> tf.
 
         def gradient(dz: tf.Tensor, call: _Call = call) -> tuple[tf.Tensor, Any]:
             factors = FactoredGradient(x, dz)
-            alone = len(calls) == 1
-            of_kernel = factors.cast(kernel.dtype) if alone else tf.cast(factors.values, kernel.dtype)
+            kept = len(calls) == 1 and not record.should_record_backprop([x, dz, cast])
+            of_kernel = factors.cast(kernel.dtype) if kept else tf.cast(factors.values, kernel.dtype)
             return tf.matmul(dz, cast, transpose_b=True), of_kernel
 
         return tf.matmul(x, cast), gradient
@@ -84,8 +82,10 @@ class Dense(keras.layers.Dense):
 
     With `factored_gradient`, the optimizers of wdops step the kernel from the factors of its gradient and never form
     it, as `optimizer.factor_gradients` says: in a `tf.function` and eagerly, where the kernel's gradient is a
-    `wdops.factored.FactoredGradient`. While a tape outside a `tf.function` holds another call of the layer, it forms
-    the gradient.
+    `wdops.factored.FactoredGradient` once such an optimizer is built with it. Outside a `tf.function` the gradient is
+    formed while a tape holds another call with the kernel, for a tape around the tape, in forward mode, in a
+    distribution strategy, and in a subclass with a `kernel` of its own. What else reads the kernel there, as a lookup of
+    its rows, makes its gradient sparse: right for the optimizers, but `tf.clip_by_global_norm` counts rows apart.
 
     Args:
       factored_gradient: default False.
@@ -94,8 +94,8 @@ class Dense(keras.layers.Dense):
     Where it differs from Keras: ELU is accurate near 0; the bias's gradient is summed in double; with bfloat16 and
     float16 the sum with the bias is not rounded before the activation.
 
-    A `.keras` file that was saved with this class loads once wdops is imported, and without wdops with
-    `custom_objects={"wdops>Dense": keras.layers.Dense}`.
+    A `.keras` file that was saved with this class loads once wdops is imported, and, unless `factored_gradient` is set,
+    without wdops with `custom_objects={"wdops>Dense": keras.layers.Dense}`.
     """
 
     def __init__(self, *args: Any, factored_gradient: bool = False, **arguments: Any) -> None:
@@ -134,12 +134,28 @@ class Dense(keras.layers.Dense):
         return _fused(self.activation)
 
     def _matmul(self, inputs: Any) -> Any:
-        if not self._kernel.factored_gradient or not isinstance(inputs, tf.Tensor) or not tf.executing_eagerly():
+        if not self._hands_over(inputs):
             return keras.ops.matmul(inputs, self.kernel)
         # Past the autocast, so that the factors and not their product pass the gradient of a cast.
         kernel = tf.convert_to_tensor(self._kernel._value)
         rows = tf.reshape(inputs, [-1, kernel.shape[0]])
-        return tf.reshape(_factored_matmul(self, rows, kernel), [*inputs.shape[:-1], kernel.shape[1]])
+        return tf.reshape(_factored_matmul(self._kernel, rows, kernel), [*inputs.shape[:-1], kernel.shape[1]])
+
+    def _hands_over(self, inputs: Any) -> bool:
+        """Whether a tape is to get a FactoredGradient. In a graph the optimizer finds the product by itself."""
+        if not self._kernel.factored_gradient or not isinstance(inputs, tf.Tensor) or not tf.executing_eagerly():
+            return False
+        # The product is of the variable itself, and in the dtype of the inputs.
+        of_variable = type(self).kernel is keras.layers.Dense.kernel and not in_stateless_scope()
+        dtype = self.compute_dtype if self.autocast else self._kernel.dtype
+        # Another optimizer would take a sum of factors and another gradient for that of an embedding.
+        stepped = len(handover_of(self._kernel).optimizers) > 0 and not tf.distribute.has_strategy()
+        backwards = not forwardprop_util.pack_tangents([inputs, self._kernel._value.handle]).tangents
+        return of_variable and inputs.dtype.name == dtype and stepped and backwards
+
+    def quantize(self, mode: Any = None, type_check: bool = True, config: Any = None) -> None:
+        # Keras quantizes no subclass that does not say that it may.
+        super().quantize(mode, type_check=type_check and type(self) is not Dense, config=config)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
