@@ -23,7 +23,7 @@ from wdops.factored import MOST_ROWS, FactoredGradient
 SHAPES = [
     *[(n, n, n) for n in (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)],
     (3, 700, 100), (2, 3, 4097), (2, 33, 9001), (300, 5, 70), (129, 9, 65), (5, 40000, 1), (1, 1, 20000),
-    (65, 40, 1030), (257, 70, 520),
+    (65, 40, 1030), (257, 70, 520),  # tiles that are higher for their batch
     (0, 3, 4), (4, 0, 5), (4, 5, 0),
 ]  # fmt: skip
 

@@ -13,21 +13,21 @@ struct Factored {
   int64_t batch, rows, columns;
 
   // Of a tile, in elements. They depend on the shape alone, and so do sums over
-  // tiles. What is swept with a tile is asked for while it is made, so that an
-  // L2 must hold all of that; and a row must be long enough for a sweep. At
-  // 4096 x 4096 tiles of twice as many elements took up to 5 % longer, and rows
-  // as long as the matrix, of which an L2 does not hold all, 15 to 25 %. Other
-  // than at the edges, whole panels.
+  // tiles. Tiles are as wide as the matrix where they can be, because then one
+  // is a single run of memory; they have about as many elements as two chunks,
+  // which a usual L2 holds beside what is swept; and some rows at least, which
+  // share what is read of dz: the more, the less of it the cache can hold.
+  // Other than at the edges, whole panels.
   static constexpr int64_t kRowStep = 8, kColumnStep = 64;
   int64_t TileColumns() const {
-    constexpr int64_t kMost = 512;
+    constexpr int64_t kMost = 4096;
     if (columns <= kMost) return columns;
     return Ceil(Ceil(columns, Ceil(columns, kMost)), kColumnStep) * kColumnStep;
   }
   int64_t TileRows() const {
-    constexpr int64_t kMost = 8192;  // elements of a tile
-    const int64_t most = kMost / std::max<int64_t>(1, TileColumns());
-    return std::max<int64_t>(1, most / kRowStep) * kRowStep;
+    const int64_t most = 2 * kChunk / std::max<int64_t>(1, TileColumns());
+    const int64_t least = kRowStep * (batch <= 64 ? 2 : batch <= 256 ? 4 : 8);
+    return std::max(least, most / kRowStep * kRowStep);
   }
   int64_t TilesAcross() const { return Ceil(columns, TileColumns()); }
   int64_t Tiles() const {
@@ -36,11 +36,10 @@ struct Factored {
   }
 };
 
-// An array that is swept with a tile, from where the tile begins; in bytes,
-// from row to row and from element to element.
+// A run of memory that is read after a tile, with it.
 struct Beside {
   const char* begin;
-  int64_t stride, size;
+  int64_t bytes;
 };
 
 // Everything is of one dtype in memory and of its Compute in a pack.
@@ -53,8 +52,8 @@ struct FactoredKernels {
   void (*pack)(const void* from, int64_t batch, int64_t n, int64_t panel,
                int width, void* to);
   // Writes a tile [rows, columns] of x^T dz, added up over the batch in its
-  // order. x and dz: the packed panels where the tile begins. Meanwhile it
-  // starts to load what is beside the tile in `count` arrays.
+  // order. x and dz: the packed panels where the tile begins. Of 32 and 64 bits
+  // it meanwhile starts to load the `count` runs beside it.
   void (*product)(const void* x, const void* dz, int64_t batch, int64_t rows,
                   int64_t columns, void* tile, const Beside*, int count);
   // a: the part of |x^T dz|^2 = sum over k, l of (x_k.x_l) (dz_k.dz_l) with

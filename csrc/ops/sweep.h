@@ -105,23 +105,25 @@ class Gradients {
                           tile_bytes_, kAlignment))
                     : nullptr,
                 &tensorflow::port::AlignedFree);
-            std::vector<cpu::Beside> beside;
             for (; chunk < end; ++chunk) {
               while (chunk >= first_[i + 1]) ++i;
               const One& one = ones_[i];
               if (one.kernels) {
-                beside.clear();
-                for (int input = i; input < inputs_->Resources();
-                     input += inputs_->n) {
-                  const tensorflow::Tensor& tensor = value(input);
-                  const int64_t size = DataTypeSize(tensor.dtype());
-                  beside.push_back(
-                      {Data(tensor), one.shape.columns * size, size});
-                }
-                ForTile(one, chunk - first_[i], tile.get(), &beside,
-                        [&](int64_t begin, int64_t n, const char* grad) {
-                          run(i, chunk, begin, n, grad);
-                        });
+                ForTile(
+                    one, chunk - first_[i], tile.get(),
+                    [&](int64_t begin, int64_t n) {
+                      std::vector<cpu::Beside> runs;
+                      for (int input = i; input < inputs_->Resources();
+                           input += inputs_->n) {
+                        const tensorflow::Tensor& tensor = value(input);
+                        const int size = DataTypeSize(tensor.dtype());
+                        runs.push_back({Data(tensor) + begin * size, n * size});
+                      }
+                      return runs;
+                    },
+                    [&](int64_t begin, int64_t n, const char* grad) {
+                      run(i, chunk, begin, n, grad);
+                    });
                 continue;
               }
               const int64_t begin = (chunk - first_[i]) * kChunk;
@@ -167,11 +169,10 @@ class Gradients {
     return absl::OkStatus();
   }
 
-  // Calls run(begin, n, grad) for the runs of memory in tile t. `beside`: the
-  // arrays that `run` reads, from where they begin.
-  template <class Run>
+  // Calls run(begin, n, grad) for the runs of memory in tile t.
+  template <class FindBeside, class Run>
   static void ForTile(const One& one, int64_t t, char* tile,
-                      std::vector<cpu::Beside>* beside, const Run& run) {
+                      const FindBeside& find_beside, const Run& run) {
     const cpu::Factored& shape = one.shape;
     const int64_t across = shape.TilesAcross();
     const int64_t row = t / across * shape.TileRows();
@@ -180,13 +181,13 @@ class Gradients {
     const int64_t columns =
         std::min(shape.TileColumns(), shape.columns - column);
     const int64_t panel_bytes = shape.batch * ComputeBytes(one.dtype);
-    for (cpu::Beside& array : *beside) {
-      array.begin += row * array.stride + column * array.size;
-    }
+    const bool one_run = columns == shape.columns;
+    std::vector<cpu::Beside> beside;
+    if (one_run) beside = find_beside(row * columns, rows * columns);
     one.kernels->product(Data(one.x) + row * panel_bytes,
                          Data(one.dz) + column * panel_bytes, shape.batch, rows,
-                         columns, tile, beside->data(), beside->size());
-    if (columns == shape.columns) {
+                         columns, tile, beside.data(), beside.size());
+    if (one_run) {
       run(row * columns, rows * columns, tile);
       return;
     }
