@@ -674,6 +674,18 @@ def stepped_by_factors(layer):
     return layer, optimizer
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_optimizer_that_its_first_step_builds_gets_factors_from_then_on():
+    x, _ = data(7)
+    layer, optimizer = dense(factored_gradient=True), wdops.optimizers.SGD(0.1)
+    for step in range(3):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(layer(x) ** 2)
+        grads = tape.gradient(loss, layer.trainable_variables)
+        assert isinstance(grads[0], FactoredGradient) == (step > 0)
+        optimizer.apply(grads, layer.trainable_variables)
+
+
 class OfUnitNorm(wdops.layers.Dense):
     @property
     def kernel(self):

@@ -487,6 +487,8 @@ class FusedStep(keras.optimizers.Optimizer):
         """
         grads = list(grads)
         self._own.traced |= not tf.executing_eagerly()
+        # Eagerly a layer gives factors to an optimizer that is built, so not to this one in its first step.
+        expects_factors = self.built or not tf.executing_eagerly()
         if trainable_variables is not None and not self.built and grads:
             with keras.name_scope(self.name):
                 self.build(list(trainable_variables))
@@ -497,7 +499,7 @@ class FusedStep(keras.optimizers.Optimizer):
             super().apply(grads, trainable_variables)  # Keras's errors, and nothing to do without gradients
             return tf.constant(True)
         self._check_variables_are_known(variables)
-        grads = [self._gradient(g, v) for g, v in zip(grads, variables, strict=True)]
+        grads = [self._gradient(g, v, expects_factors) for g, v in zip(grads, variables, strict=True)]
         index = [self._get_variable_index(v) for v in variables]
         whole = self._is_whole and not (self._moves_between_steps and self._penalizes(index))
         whole = whole and not any(
@@ -512,7 +514,7 @@ class FusedStep(keras.optimizers.Optimizer):
         with keras.name_scope(self.name):
             return self._whole_step(grads, variables, loss_scale, skip_nonfinite)
 
-    def _gradient(self, grad: Any, variable: Any) -> Any:
+    def _gradient(self, grad: Any, variable: Any, expects_factors: bool) -> Any:
         if grad is None:
             # What a regularizer in the loss gives a variable that nothing else in it depends on.
             return tf.zeros_like(variable) if self._get_variable_index(variable) in self._own.folded else None
@@ -521,7 +523,8 @@ class FusedStep(keras.optimizers.Optimizer):
             found = factored.factors_of(grad)
             if found is not None:
                 return found
-            self._warn_of_whole(kernel)
+            if expects_factors:
+                self._warn_of_whole(kernel)
         if isinstance(grad, factored.FactoredGradient):
             return grad
         grad = dense(grad, variable)
