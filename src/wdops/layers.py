@@ -84,8 +84,8 @@ class Dense(keras.layers.Dense):
     it, as `optimizer.factor_gradients` says: in a `tf.function` and eagerly, where the kernel's gradient is a
     `wdops.factored.FactoredGradient` once such an optimizer is built with it. Outside a `tf.function` the gradient is
     formed while a tape holds another call with the kernel, for a tape around the tape, in forward mode, in a
-    distribution strategy, and in a subclass with a `kernel` of its own. What else reads the kernel there, as a lookup of
-    its rows, makes its gradient sparse: right for the optimizers, but `tf.clip_by_global_norm` counts rows apart.
+    distribution strategy, and in a subclass with a `kernel` of its own. What else reads the kernel there, as a lookup
+    of its rows, makes its gradient sparse: right for the optimizers, but `tf.clip_by_global_norm` counts rows apart.
 
     Args:
       factored_gradient: default False.
