@@ -27,8 +27,8 @@ WDOPS_FN V Round(V x, V* power) {
 
 // first + x*second + x^2*third ..., two terms at a time: a pair does not wait
 // for the one before, as a term does in Horner's.
-template <class V, class... More>
-WDOPS_FN V Polynomial(V x, V square, double first, More... more) {
+template <class V>
+WDOPS_FN V Polynomial(V x, V, double first) {
   return Like(x, first);
 }
 template <class V, class... More>
