@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -202,3 +204,17 @@ def product_of(x, dz):
     for of_x, of_dz in zip(x.astype(compute), dz.astype(compute), strict=True):
         total = fused(of_x[:, None], of_dz, total)
     return total.astype(x.dtype)
+
+
+_TWO_DEVICES = """
+import keras, numpy as np, tensorflow as tf, wdops
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+"""
+
+
+def on_two_devices(program):
+    """What a program prints in a process of its own, whose CPU is split into two devices."""
+    result = subprocess.run([sys.executable, "-c", _TWO_DEVICES + program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout

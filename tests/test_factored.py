@@ -10,7 +10,17 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import DTYPES, TERMS, assert_within, names_of, oracle, own_hypers, product_of, random_case
+from conftest import (
+    DTYPES,
+    TERMS,
+    assert_within,
+    names_of,
+    on_two_devices,
+    oracle,
+    own_hypers,
+    product_of,
+    random_case,
+)
 from test_ops import MODES, apply
 
 import wdops
@@ -532,6 +542,13 @@ def dense(**arguments):
     return layer
 
 
+def stepped_by_factors(layer):
+    """The layer, and the optimizer that takes its factors as long as it lives."""
+    optimizer = wdops.optimizers.SGD(0.1)
+    optimizer.build(layer.trainable_variables)
+    return layer, optimizer
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("mode", ["eager", "graph", "jit"])
 @pytest.mark.parametrize("dims", [1, 2])
@@ -656,8 +673,7 @@ def test_dense_hands_over_factors_whatever_its_activation(activation, use_bias):
     for one in (layer, theirs):
         one.build((None, 24))
     theirs.set_weights(layer.get_weights())
-    optimizer = wdops.optimizers.SGD(0.1)
-    optimizer.build(layer.trainable_variables)
+    layer, _optimizer = stepped_by_factors(layer)
     grads = []
     for one in (layer, theirs):
         with tf.GradientTape() as tape:
@@ -665,13 +681,6 @@ def test_dense_hands_over_factors_whatever_its_activation(activation, use_bias):
         grads.append(tape.gradient(loss, one.kernel.value))
     assert isinstance(grads[0], FactoredGradient)
     np.testing.assert_allclose(grads[0].values, grads[1], rtol=1e-4, atol=1e-6)
-
-
-def stepped_by_factors(layer):
-    """The layer, and the optimizer that takes its factors as long as it lives."""
-    optimizer = wdops.optimizers.SGD(0.1)
-    optimizer.build(layer.trainable_variables)
-    return layer, optimizer
 
 
 @pytest.mark.filterwarnings("error")
@@ -768,9 +777,6 @@ def test_forward_mode_and_second_derivatives_eagerly():
 
 
 _REPLICAS = """
-import keras, numpy as np, tensorflow as tf, wdops
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 x = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
 for module in (keras, wdops):
     losses = []
@@ -786,9 +792,7 @@ for module in (keras, wdops):
 
 
 def test_replicas_of_an_eager_layer():
-    """In a process of its own, since it splits the CPU into two devices."""
-    result = subprocess.run([sys.executable, "-c", _REPLICAS], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_two_devices(_REPLICAS)
 
 
 def test_dense_is_saved_with_its_choice(tmp_path):

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import on_two_devices
 
 import wdops
 from wdops.fused_step import OPTIONS
@@ -353,9 +354,6 @@ def test_missing_gradients_leave_their_variable_alone():
 
 
 _MIRRORED = """
-import numpy as np, tensorflow as tf, keras, wdops
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 def run(module):
     with strategy.scope():
@@ -374,16 +372,12 @@ print(np.abs(run(wdops.optimizers) - run(keras.optimizers)).max())
 
 
 def test_mirrored_strategy():
-    """In a process of its own, since it splits the CPU into two devices. Keras's own 1 - beta_2^t is 2e-6 off here."""
-    result = subprocess.run([sys.executable, "-c", _MIRRORED], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert float(result.stdout) < 5e-6
+    """Keras's own 1 - beta_2^t is 2e-6 off here."""
+    assert float(on_two_devices(_MIRRORED)) < 5e-6
 
 
 _MIRRORED_PENALTY = """
-import contextlib, keras, numpy as np, tensorflow as tf, wdops
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import contextlib
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
 def run(scope, **clip):
@@ -402,8 +396,7 @@ for name in ("loss_scale_factor", "clipnorm", "clipvalue", "global_clipnorm"):
 
 def test_a_penalty_counts_once_however_many_replicas_there_are():
     """With and without a clip, which clips nothing but makes the penalty a part of each replica's gradient."""
-    result = subprocess.run([sys.executable, "-c", _MIRRORED_PENALTY], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_two_devices(_MIRRORED_PENALTY)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES.values()}))
@@ -491,9 +484,6 @@ def test_a_bad_dense_gradient_leaves_a_sparse_one_alone_too():
 
 
 _TWO_DEVICES = """
-import numpy as np, tensorflow as tf, keras, wdops
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 variables = []
 for i in range(2):
     with tf.device(f"CPU:{i}"):
@@ -508,7 +498,7 @@ assert {v.value.device[-1] for v in variables} == {"0", "1"}
 
 
 def test_variables_on_two_devices():
-    subprocess.run([sys.executable, "-c", _TWO_DEVICES], check=True)
+    on_two_devices(_TWO_DEVICES)
 
 
 # ---- configs and files
