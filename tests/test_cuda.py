@@ -134,8 +134,9 @@ class Call:
         )
         return penalty if report_penalty else error
 
-    def norms(self, grad_scale=None):
-        norm, penalty = np.full((2, self.count), np.nan)
+    def norms(self, grad_scale=None, report_penalty=True):
+        norm = np.full(self.count, np.nan)
+        penalty = np.full(self.count, np.nan) if report_penalty else None
         finite = np.full(1, 7, np.uint8)
         grad_scale = doubles(grad_scale)
         error = self.library.wdops_cuda_norms(
@@ -303,6 +304,7 @@ def test_norms(library, dtype, has_param, accumulated, terms):
     call = Call(library, [variable_of(**case) for case in cases])
     assert call.fill_steps(None, hypers) == 0
     norm, penalty, finite = call.norms(grad_scale=0.9)
+    assert call.norms(grad_scale=0.9, report_penalty=False)[0].tobytes() == norm.tobytes()
     for i, (case, hyper) in enumerate(zip(cases, hypers, strict=True)):
         scaled = {**hyper, "grad_scale": hyper["grad_scale"] * 0.9}
         numbers = [scaled[name] for name in native.gradient_hypers]

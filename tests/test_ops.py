@@ -176,12 +176,33 @@ def test_accumulators_averages_and_the_penalty_of_one_pass(rule, dtype, mode):
         )
 
 
+@modes
+@pytest.mark.parametrize("l1", [0.0, 0.3])
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_norms_without_the_penalty_have_the_same_bits(accumulated, l1, mode):
+    arrays = make("momentum", list(DTYPES), SHAPES)
+    (params, accumulators), grads = to_variables(arrays)
+    hypers = {"l1": l1, "l2": [0.1 * (i % 3) for i in range(len(grads))], "grad_scale": 0.5}
+    hypers |= {"accumulator": accumulators} if accumulated else {}
+
+    def norms(**report_penalty):
+        return MODES[mode](lambda: wdops.ops.norms(grads, params, **hypers, **report_penalty))()
+
+    (norm, penalty, finite), (same, none, also) = norms(), norms(report_penalty=False)
+    assert norm.numpy().tobytes() == same.numpy().tobytes()
+    assert finite and also
+    assert penalty.shape == (len(grads),) and none.shape == (0,)
+    assert reference.norms(arrays[-1], arrays[0], report_penalty=False).penalty.shape == (0,)
+    bad = [g * np.nan if i == 1 else g for i, g in enumerate(grads)]
+    assert not MODES[mode](lambda: wdops.ops.norms(bad, params, **hypers, report_penalty=False))().finite
+
+
 @rules
 @pytest.mark.parametrize("kinks", [{}, {"clip_value": 0.0, "proximal_l1": 0.0}], ids=["kinks", "smooth"])
 @pytest.mark.parametrize("lists", ["", "accumulator", "average", "accumulator average"])
 def test_squares_that_the_sweep_adds_up_move_no_bit(rule, lists, kinks, isa):
-    """The sums have 64 lanes each, and blocks of 1024 elements."""
-    shapes = [(n,) for n in (0, 1, 8, 63, 64, 65, 127, 128, 1023, 1024, 1025, 1088, 16383, 16384, 16385, 40001)]
+    """The sums have 64 lanes each, and are made behind every 256 elements."""
+    shapes = [(n,) for n in (0, 1, 8, 63, 64, 65, 127, 128, 255, 256, 257, 1025, 1088, 16383, 16384, 16385, 40001)]
     shapes = [shape for shape in shapes for _ in range(2)]
     arrays = make(rule, ["float32", "float64"], shapes)
     l2 = [0.1 * (i % 5) for i in range(len(shapes))]

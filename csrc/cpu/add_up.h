@@ -1,41 +1,91 @@
 // The tree of rules/sums.h as a loop.
 #pragma once
 
+#include <tuple>
+#include <utility>
+
 #include "cpu/ahead.h"
 #include "rules/sums.h"
 
 namespace wdops::cpu {
 namespace {
 
-// The rest of the tree, once every term is in its lane.
-inline double AddLanes(double* lanes) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
+#endif
+
+// A term that is not there.
+struct Nothing {};
+// A term that is the square of a number.
+template <class S>
+struct Square {
+  S root;
+};
+template <class S>
+Square(S) -> Square<S>;
+
+WDOPS_FN void AddTo(double&, Nothing) {}
+WDOPS_FN void AddTo(double& sum, double term) { sum += term; }
+WDOPS_FN void AddTo(double& sum, Square<double> term) {
+  sum += term.root * term.root;
+}
+// The square of a float is exact in a double, so one rounding gives the same
+// bits as two.
+WDOPS_FN void AddTo(double& sum, Square<float> term) {
+  const double root = term.root;
+  sum = kHasFma ? Fma(root, root, sum) : sum + root * root;
 }
 
-// Adds up each number of the array term(i) for every i below n. `read`: the
-// arrays that the terms are made of.
+// The sums of a tree before its halves are added up.
+template <int kTerms>
+struct Lanes {
+  double sums[kTerms][kLanes] = {};
+
+  // Adds each of the terms, a tuple or an array, of every i below n, of which
+  // all but the last call's is a multiple of kLanes. `read`: the arrays that
+  // the terms are made of.
+  template <class Term, class... Read>
+  void Add(int64_t n, const Term& term, const Read&... read) {
+    const auto add = [&](int64_t i, int lane) {
+      AddEach(term(i), lane, std::make_index_sequence<kTerms>());
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      (FetchAhead(read, i), ...);
+#pragma GCC ivdep
+      for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+    }
+    for (int lane = 0; i + lane < n; ++lane) add(i + lane, lane);
+  }
+
+  Sums Total() {
+    double total[4] = {};
+    for (int t = 0; t < kTerms; ++t) {
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) {
+          sums[t][lane] += sums[t][lane + half];
+        }
+      }
+      total[t] = sums[t][0];
+    }
+    return {total[0], total[1], total[2], total[3]};
+  }
+
+ private:
+  template <class Terms, size_t... kTerm>
+  WDOPS_FN void AddEach(const Terms& terms, int lane,
+                        std::index_sequence<kTerm...>) {
+    (AddTo(sums[kTerm][lane], std::get<kTerm>(terms)), ...);
+  }
+};
+
 template <class Term, class... Read>
 Sums AddUp(int64_t n, const Term& term, const Read&... read) {
-  using Terms = decltype(term(0));
-  constexpr int kTerms = std::tuple_size_v<Terms>;
-  double sums[kTerms][kLanes] = {};
-  const auto add = [&](int64_t i, int lane) {
-    const Terms terms = term(i);
-    for (int t = 0; t < kTerms; ++t) sums[t][lane] += terms[t];
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    (FetchAhead(read, i), ...);
-#pragma GCC ivdep
-    for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
-  }
-  for (int lane = 0; i + lane < n; ++lane) add(i + lane, lane);
-  double total[4] = {};
-  for (int t = 0; t < kTerms; ++t) total[t] = AddLanes(sums[t]);
-  return {total[0], total[1], total[2], total[3]};
+  Lanes<std::tuple_size_v<decltype(term(0))>> lanes;
+  lanes.Add(n, term, read...);
+  return lanes.Total();
 }
 
 // Adds up the square of each number of the array value(i) for every i below n.
@@ -45,20 +95,21 @@ template <class Value, class... Read>
 Sums AddUpSquares(int64_t n, const Value& value, const Read&... read) {
   using Values = decltype(value(0));
   constexpr int kValues = std::tuple_size_v<Values>;
-  typename Values::value_type made[kValues][kLanes];
-  double sums[kValues][kLanes] = {};
-  const auto add = [&](int64_t i, int lanes) {
+  using S = typename Values::value_type;
+  S made[kValues][kLanes];
+  Lanes<kValues> lanes;
+  const auto squares = [&](int64_t lane) {
+    std::array<Square<S>, kValues> terms;
+    for (int k = 0; k < kValues; ++k) terms[k] = {made[k][lane]};
+    return terms;
+  };
+  const auto add = [&](int64_t i, int count) {
 #pragma GCC ivdep
-    for (int lane = 0; lane < lanes; ++lane) {
+    for (int lane = 0; lane < count; ++lane) {
       const Values values = value(i + lane);
       for (int k = 0; k < kValues; ++k) made[k][lane] = values[k];
     }
-    for (int k = 0; k < kValues; ++k) {
-      for (int lane = 0; lane < lanes; ++lane) {
-        const double wide = made[k][lane];
-        sums[k][lane] += wide * wide;
-      }
-    }
+    lanes.Add(count, squares);
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -66,9 +117,7 @@ Sums AddUpSquares(int64_t n, const Value& value, const Read&... read) {
     add(i, kLanes);
   }
   add(i, n - i);
-  double total[4] = {};
-  for (int k = 0; k < kValues; ++k) total[k] = AddLanes(sums[k]);
-  return {total[0], total[1], total[2], total[3]};
+  return lanes.Total();
 }
 
 // Of a variable, from those of its chunks.

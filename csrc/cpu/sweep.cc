@@ -14,9 +14,17 @@
 namespace wdops::cpu {
 namespace {
 
-// How many elements are staged at a time where a chunk lacks an array: a
-// scratch array, which stays in L1, stands for it.
-constexpr int64_t kBlock = 1024;
+// How many elements of an array that a chunk lacks there are: what stands for
+// them stays in L1.
+constexpr int kStandIns = 1024;
+
+// How many of a new parameter are swept before the sums of its penalty are
+// made, from L1.
+constexpr int kPenaltyBlock = 256;
+
+// Not inlined where another call follows: the constants of a loop that live
+// until then would be left on the stack. On AVX2 AdamW took 8 % longer.
+#define WDOPS_LOOP __attribute__((noinline))
 
 // Stores tensor k of an element whose random bits are `bits`.
 template <bool kStochastic, class S, class T>
@@ -55,28 +63,58 @@ WDOPS_FN void FetchAhead(const Arrays<T, SlotT, kSlots>& a, int64_t i) {
   for (int k = 0; k < kSlots; ++k) FetchAhead(a.slot[k], i);
 }
 
-// What most steps are: no accumulator, no average, one direct loop. The step is
-// taken by value here, so that no store can change it and its constants stay in
-// registers.
+// The sums of the penalty of a new parameter. Made while a sweep waits for
+// memory: a loop of its own behind a chunk takes 3 % of a large step.
+class PenaltySums {
+ public:
+  template <class S>
+  explicit PenaltySums(const Gradient<S>& gradient)
+      : absolute_(gradient.l1 != 0), squares_(gradient.l2_slope != 0) {}
+
+  template <class T>
+  WDOPS_LOOP void Add(const T* param, int n) {
+    const auto square = [&](int64_t i) { return Square{Load(param[i])}; };
+    if (absolute_) {
+      lanes_.Add(n, [&](int64_t i) {
+        return std::tuple<double, decltype(square(i))>(Abs(Load(param[i])),
+                                                       square(i));
+      });
+    } else if (squares_) {
+      lanes_.Add(n,
+                 [&](int64_t i) { return std::tuple(Nothing(), square(i)); });
+    }
+  }
+
+  Sums Total() { return lanes_.Total(); }
+
+ private:
+  bool absolute_, squares_;
+  Lanes<2> lanes_;
+};
+
+// What most steps are: no accumulator, no average, one direct loop over
+// [begin, end) of a chunk. The step is taken by value here, so that no store
+// can change it and its constants stay in registers.
 template <bool kStochastic, bool kSmooth, template <class> class Rule, class T,
           class SlotT>
-void SweepPlain(const Step<Rule, Compute<T>> given, const Chunk& chunk) {
+WDOPS_LOOP void SweepPlain(const Step<Rule, Compute<T>> given,
+                           const Chunk& chunk, int begin, int end) {
   using S = Compute<T>;
   const auto step = kSmooth ? given.Smooth() : given;
   constexpr int kSlots = Step<Rule, S>::kSlots;
   const Arrays<T, SlotT, kSlots> a(chunk, 0);
   const uint32_t high = static_cast<uint64_t>(chunk.begin) >> 32;
   const uint32_t low = chunk.begin;
-  const int n = chunk.n, asked = ElementsAsked(n);
-  for (int begin = 0; begin < n; begin += asked) {
-    FetchAhead(a, begin);
-    const int end = std::min(begin + asked, n);
+  const int asked = ElementsAsked(end - begin);
+  for (int first = begin; first < end; first += asked) {
+    FetchAhead(a, first);
+    const int last = std::min(first + asked, end);
 #pragma GCC ivdep
-    for (int i = begin; i < end; ++i) {
+    for (int i = first; i < last; ++i) {
       S p = Load(a.param[i]);
       S s[kSlots + 1];
       for (int k = 0; k < kSlots; ++k) s[k] = Load(a.slot[k][i]);
-      step.Plain(p, Load(a.grad[i]), s);
+      step.template Apply<false>(p, step.Total(p, Load(a.grad[i])), s);
       const uint32_t bits = RandomBits(step.key, high, low + i);
       for (int k = 0; k < kSlots; ++k) {
         StoreRounded<kStochastic>(s[k], &a.slot[k][i], bits, k);
@@ -86,56 +124,49 @@ void SweepPlain(const Step<Rule, Compute<T>> given, const Chunk& chunk) {
   }
 }
 
-// Steps elements [begin, end). With kSquares, those are a multiple of kLanes,
-// and the squares of the parameter are added up.
-template <bool kStochastic, bool kSmooth, bool kScaled, bool kSquares,
+template <bool kStochastic, bool kSmooth, bool kScaled, bool kAccumulated,
           template <class> class Rule, class T, class SlotT>
-void SweepFull(const Step<Rule, Compute<T>> given, const Chunk& chunk,
-               int64_t begin, int64_t end, double* squares = nullptr) {
-  if (begin == end) return;
+WDOPS_LOOP void SweepFull(const Step<Rule, Compute<T>> given,
+                          const Chunk& chunk, int begin, int end) {
   using S = Compute<T>;
   auto step = kSmooth ? given.Smooth() : given;
   constexpr int kSlots = Step<Rule, S>::kSlots;
-  static_assert(kBlock % kLanes == 0);
-  T no_accumulator[kBlock] = {}, no_average[kBlock] = {};
-  // What stands for a list that there is not must not count.
-  if (!chunk.accumulator) step.accumulation_scale = 0;
+  // What stands for an average that there is not must not count.
   if (!chunk.average) step.ema_overwrite = 0;
+  thread_local T no_average[kStandIns];
   const uint32_t high = static_cast<uint64_t>(chunk.begin) >> 32;
-  for (; begin < end; begin += kBlock) {
+  for (; begin < end; begin += kStandIns) {
     Arrays<T, SlotT, kSlots> a(chunk, begin);
-    if (!chunk.accumulator) a.accumulator = no_accumulator;
     if (!chunk.average) a.average = no_average;
     const uint32_t low = chunk.begin + begin;
-    const int n = std::min(kBlock, end - begin);
-    const auto element = [&](int i) {
-      S p = Load(a.param[i]), average = Load(a.average[i]);
-      S s[kSlots + 1];
-      for (int k = 0; k < kSlots; ++k) s[k] = Load(a.slot[k][i]);
-      step.template Full<kScaled>(p, Load(a.grad[i]), s,
-                                  Load(a.accumulator[i]));
-      step.Average(p, average);
-      const uint32_t bits = RandomBits(step.key, high, low + i);
-      for (int k = 0; k < kSlots; ++k) {
-        StoreRounded<kStochastic>(s[k], &a.slot[k][i], bits, k);
-      }
-      StoreRounded<kStochastic>(p, &a.param[i], bits, kSlots);
-      StoreRounded<kStochastic>(average, &a.average[i], bits, 1 + kSlots);
-      Store(S(0), &a.accumulator[i]);
-    };
-    const int asked = kSquares ? kLanes : ElementsAsked(n);
-    for (int i = 0; i < n; i += asked) {
-      FetchAhead(a, i);
-      if (chunk.accumulator) FetchAhead(a.accumulator, i);
-      if (chunk.average) FetchAhead(a.average, i);
-      const int last = std::min(i + asked, n);
+    const int n = std::min(kStandIns, end - begin);
+    const int asked = ElementsAsked(n);
+    for (int first = 0; first < n; first += asked) {
+      FetchAhead(a, first);
+      if (kAccumulated) FetchAhead(a.accumulator, first);
+      if (chunk.average) FetchAhead(a.average, first);
+      const int last = std::min(first + asked, n);
 #pragma GCC ivdep
-      for (int j = i; j < last; ++j) element(j);
-      if constexpr (kSquares) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const double p = a.param[i + lane];
-          squares[lane] += p * p;
+      for (int i = first; i < last; ++i) {
+        S p = Load(a.param[i]), average = Load(a.average[i]);
+        S s[kSlots + 1];
+        for (int k = 0; k < kSlots; ++k) s[k] = Load(a.slot[k][i]);
+        const S grad = Load(a.grad[i]);
+        S total;
+        if constexpr (kAccumulated) {
+          total = step.Total(p, grad, Load(a.accumulator[i]));
+          Store(S(0), &a.accumulator[i]);
+        } else {
+          total = step.Total(p, grad);
         }
+        step.template Apply<kScaled>(p, total, s);
+        step.Average(p, average);
+        const uint32_t bits = RandomBits(step.key, high, low + i);
+        for (int k = 0; k < kSlots; ++k) {
+          StoreRounded<kStochastic>(s[k], &a.slot[k][i], bits, k);
+        }
+        StoreRounded<kStochastic>(p, &a.param[i], bits, kSlots);
+        StoreRounded<kStochastic>(average, &a.average[i], bits, 1 + kSlots);
       }
     }
   }
@@ -143,84 +174,53 @@ void SweepFull(const Step<Rule, Compute<T>> given, const Chunk& chunk,
 
 template <bool kStochastic, bool kSmooth, template <class> class Rule, class T,
           class SlotT>
-void SweepRounded(const Step<Rule, Compute<T>>& step, const Chunk& chunk) {
+void SweepRounded(const Step<Rule, Compute<T>>& step, const Chunk& chunk,
+                  int begin, int end) {
   constexpr bool kRate = kHasRate<Rule<float>, float>;
-  if (kRate && step.options.scaled_proximal) {
-    SweepFull<kStochastic, false, kRate, false, Rule, T, SlotT>(step, chunk, 0,
-                                                                chunk.n);
-  } else if (chunk.accumulator || chunk.average) {
-    SweepFull<kStochastic, kSmooth, false, false, Rule, T, SlotT>(step, chunk,
-                                                                  0, chunk.n);
+  const bool scaled = kRate && step.options.scaled_proximal;
+  const auto sweep = [&](auto loop) { loop(step, chunk, begin, end); };
+  if (scaled && chunk.accumulator) {
+    sweep(SweepFull<kStochastic, false, kRate, true, Rule, T, SlotT>);
+  } else if (scaled) {
+    sweep(SweepFull<kStochastic, false, kRate, false, Rule, T, SlotT>);
+  } else if (chunk.accumulator) {
+    sweep(SweepFull<kStochastic, kSmooth, false, true, Rule, T, SlotT>);
+  } else if (chunk.average) {
+    sweep(SweepFull<kStochastic, kSmooth, false, false, Rule, T, SlotT>);
   } else {
-    SweepPlain<kStochastic, kSmooth, Rule, T, SlotT>(step, chunk);
+    sweep(SweepPlain<kStochastic, kSmooth, Rule, T, SlotT>);
   }
-}
-
-// The sum of the squares of the new parameter, which is made while the sweep
-// waits for memory: in a loop of its own it takes 3 % of a large step.
-template <bool kSmooth, template <class> class Rule, class T, class SlotT>
-double SweepSquares(const Step<Rule, Compute<T>>& step, const Chunk& chunk) {
-  double lanes[kLanes] = {};
-  const int64_t whole = chunk.n - chunk.n % kLanes;
-  SweepFull<false, kSmooth, false, true, Rule, T, SlotT>(step, chunk, 0, whole,
-                                                         lanes);
-  SweepFull<false, kSmooth, false, false, Rule, T, SlotT>(step, chunk, whole,
-                                                          chunk.n);
-  for (int64_t i = whole; i < chunk.n; ++i) {
-    const double p = static_cast<const T*>(chunk.param)[i];
-    lanes[i - whole] += p * p;
-  }
-  return AddLanes(lanes);
-}
-
-template <class T>
-Sums PenaltySums(const void* gradient_bytes, const Chunk& chunk) {
-  const FloatMode mode;
-  const auto& gradient =
-      *static_cast<const Gradient<Compute<T>>*>(gradient_bytes);
-  const T* param = static_cast<const T*>(chunk.param);
-  if (gradient.l1 == 0 && gradient.l2_slope == 0) return {};
-  if (gradient.l1 == 0) {
-    const auto square = [&](int64_t i) {
-      const double p = Load(param[i]);
-      return std::array{p * p};
-    };
-    return {0, AddUp(chunk.n, square, param).a};
-  }
-  const auto both = [&](int64_t i) {
-    const double p = Load(param[i]);
-    return std::array{Abs(p), p * p};
-  };
-  return AddUp(chunk.n, both, param);
 }
 
 template <bool kSmooth, template <class> class Rule, class T, class SlotT>
 void SweepKnown(const Step<Rule, Compute<T>>& step, const Chunk& chunk,
-                Sums* penalty) {
+                int begin, int end) {
   constexpr bool kBfloat16 =
       std::is_same_v<T, bfloat16> || std::is_same_v<SlotT, bfloat16>;
-  const bool stochastic = kBfloat16 && step.options.stochastic;
-  if constexpr (std::is_same_v<T, Compute<T>>) {
-    if (penalty && step.l1 == 0 && step.l2_slope != 0 && !stochastic &&
-        !step.options.scaled_proximal) {
-      *penalty = {0, SweepSquares<kSmooth, Rule, T, SlotT>(step, chunk)};
-      return;
-    }
-  }
-  if (stochastic) {
-    SweepRounded<kBfloat16, kSmooth, Rule, T, SlotT>(step, chunk);
+  if (kBfloat16 && step.options.stochastic) {
+    SweepRounded<kBfloat16, kSmooth, Rule, T, SlotT>(step, chunk, begin, end);
   } else {
-    SweepRounded<false, kSmooth, Rule, T, SlotT>(step, chunk);
+    SweepRounded<false, kSmooth, Rule, T, SlotT>(step, chunk, begin, end);
   }
-  if (penalty) *penalty = PenaltySums<T>(&step, chunk);
 }
 
 template <template <class> class Rule, class T, class SlotT>
 void SweepRule(const void* step_bytes, const Chunk& chunk, Sums* penalty) {
   const FloatMode mode;
   const auto& step = *static_cast<const Step<Rule, Compute<T>>*>(step_bytes);
-  step.IsSmooth() ? SweepKnown<true, Rule, T, SlotT>(step, chunk, penalty)
-                  : SweepKnown<false, Rule, T, SlotT>(step, chunk, penalty);
+  const auto sweep = [&](int begin, int end) {
+    step.IsSmooth()
+        ? SweepKnown<true, Rule, T, SlotT>(step, chunk, begin, end)
+        : SweepKnown<false, Rule, T, SlotT>(step, chunk, begin, end);
+  };
+  if (!penalty) return sweep(0, chunk.n);
+  PenaltySums sums(step);
+  for (int begin = 0, end; begin < chunk.n; begin = end) {
+    end = std::min<int64_t>(begin + kPenaltyBlock, chunk.n);
+    sweep(begin, end);
+    sums.Add(static_cast<const T*>(chunk.param) + begin, end - begin);
+  }
+  *penalty = sums.Total();
 }
 
 template <bool kSmooth, bool kMean, template <class> class Rule, class T,
@@ -268,53 +268,52 @@ constexpr Sum TrustOf() {
 }
 
 template <class T>
-Sums GradientSums(const void* step_bytes, const Chunk& chunk) {
+Sums GradientSums(const void* step_bytes, const Chunk& chunk, bool penalty) {
   using S = Compute<T>;
   const FloatMode mode;
   const auto gradient = *static_cast<const Gradient<S>*>(step_bytes);
   const Arrays<T, T, 0> a(chunk, 0);
+  const auto none = [](int64_t) { return Nothing(); };
+  const auto absolute = [&](int64_t i) -> double {
+    return Abs(Load(a.param[i]));
+  };
+  const auto square = [&](int64_t i) { return Square{Load(a.param[i])}; };
+  const auto add_up = [&](const auto& total, const auto*... read) {
+    const auto beside = [&](const auto& absolute, const auto& square) {
+      const auto terms = [&](int64_t i) {
+        const S g = total(i);
+        // The square of a float does not overflow as a double, and tells by
+        // itself whether all is finite.
+        if constexpr (std::is_same_v<T, double>) {
+          return std::tuple(Square{g}, absolute(i), square(i), g - g);
+        } else {
+          return std::tuple(Square{g}, absolute(i), square(i));
+        }
+      };
+      return AddUp(chunk.n, terms, a.grad, read...);
+    };
+    if (penalty && gradient.l1 != 0) return beside(absolute, square);
+    if (penalty && gradient.l2_slope != 0) return beside(none, square);
+    return beside(none, none);
+  };
+  const auto with_penalty = [&](const auto& mean, const auto*... read) {
+    const auto total = [&](int64_t i) {
+      return mean(i) + gradient.Penalty(Load(a.param[i]));
+    };
+    return add_up(total, a.param, read...);
+  };
   const auto mean = [&](int64_t i) {
     return gradient.Mean(Load(a.grad[i]), Load(a.accumulator[i]));
   };
   const auto scaled = [&](int64_t i) {
     return gradient.Scaled(Load(a.grad[i]));
   };
-  // The square of a float does not overflow as a double, and tells by itself
-  // whether all is finite.
-  const auto squares = [&](const auto& total, const auto*... read) {
-    const auto terms = [&](int64_t i) {
-      const double g = total(i);
-      if constexpr (std::is_same_v<T, double>) {
-        return std::array{g * g, 0.0, 0.0, g - g};
-      } else {
-        return std::array{g * g};
-      }
-    };
-    return AddUp(chunk.n, terms, a.grad, read...);
-  };
-  const auto with_penalty = [&](const auto& total, const auto*... read) {
-    const auto sums = [&](const auto&... of_param) {
-      const auto terms = [&](int64_t i) {
-        const S param = Load(a.param[i]);
-        const double g = total(i) + gradient.Penalty(param);
-        if constexpr (std::is_same_v<T, double>) {
-          return std::array{g * g, of_param(param)..., g - g};
-        } else {
-          return std::array{g * g, of_param(param)...};
-        }
-      };
-      return AddUp(chunk.n, terms, a.grad, a.param, read...);
-    };
-    const auto square = [](double p) { return p * p; };
-    if (gradient.l1 != 0) return sums([](double p) { return Abs(p); }, square);
-    const Sums found = sums(square);
-    return Sums{found.a, 0, found.b, found.c};
-  };
   if (chunk.param) {
     return chunk.accumulator ? with_penalty(mean, a.accumulator)
                              : with_penalty(scaled);
   }
-  return chunk.accumulator ? squares(mean, a.accumulator) : squares(scaled);
+  penalty = false;
+  return chunk.accumulator ? add_up(mean, a.accumulator) : add_up(scaled);
 }
 
 template <DType dtype>
@@ -333,12 +332,6 @@ constexpr SumPerLayout kTrusts = {
   TrustOf<Rule, TypeOf<k_##Param>, TypeOf<k_##Slot>>(),
 #include "rules/layouts.inc"
 };
-
-#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
-constexpr bool kHasFma = true;
-#else
-constexpr bool kHasFma = false;
-#endif
 
 constexpr Kernels kKernels = {WDOPS_ISA,
                               kHasFma,

@@ -31,6 +31,12 @@ using Sweep = void (*)(const void* step, const Chunk&, Sums* penalty);
 // Sums over a chunk.
 using Sum = Sums (*)(const void* step, const Chunk&);
 
+// a: of the squares of the gradient, with accumulator and penalty where there
+// is a param; b and c: with `penalty`, the sums that a Sweep gives, of this
+// param; d: in float64 0, or NaN if an element is not finite. `step` is that of
+// any rule.
+using GradientSum = Sums (*)(const void* step, const Chunk&, bool penalty);
+
 using SweepPerLayout = std::array<Sweep, kLayoutCount>;
 using SumPerLayout = std::array<Sum, kLayoutCount>;
 
@@ -46,11 +52,7 @@ struct Kernels {
   // Of the squares of the parameter behind its decay, and of the rule's
   // Direction; null where it has none. Writes nothing.
   std::array<SumPerLayout, kRuleCount> trust;
-  // a: of the squares of the gradient, with accumulator and penalty where there
-  // is a param; b and c: the sums that a Sweep gives, of this param; d: in
-  // float64 0, or NaN if an element is not finite. `step` is that of any rule.
-  // Per dtype.
-  std::array<Sum, kDTypeCount> gradient;
+  std::array<GradientSum, kDTypeCount> gradient;
   const std::array<FactoredKernels, kDTypeCount>* factored;
   const ActivationKernels* activations;
   const StreamKernels* streams;

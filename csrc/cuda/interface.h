@@ -87,9 +87,10 @@ WDOPS_CUDA_API int wdops_cuda_apply(int rule, const void* host_table,
                                     WdopsStream stream);
 
 // Of every variable the norm of its gradient with accumulator and, where there
-// is a param, penalty; the penalty, 0 where there is no param; and whether all
-// gradients are finite, one bool. As the op Wdops>Norms, to the last bit but
-// for factored gradients, which are added up in tiles of another shape.
+// is a param, penalty; the penalty, 0 where there is no param, or null; and
+// whether all gradients are finite, one bool. As the op Wdops>Norms, to the
+// last bit but for factored gradients, which are added up in tiles of another
+// shape.
 WDOPS_CUDA_API int wdops_cuda_norms(const void* host_table, const void* table,
                                     const void* steps, const double* grad_scale,
                                     int grad_scales, double* norm,

@@ -13,7 +13,9 @@ struct FinishNorm {
                              const Sums& sums) const {
     const double* const hyper = steps->Of(variable, v.IsDouble())->gradient;
     norm[variable] = Sqrt(sums.a);
-    penalty[variable] = PenaltyOf(hyper[kL1], hyper[kL2], sums.b, sums.c);
+    if (penalty) {
+      penalty[variable] = PenaltyOf(hyper[kL1], hyper[kL2], sums.b, sums.c);
+    }
     if (!IsFinite(sums, v.IsDouble())) *finite = 0;
   }
 };

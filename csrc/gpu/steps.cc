@@ -159,7 +159,8 @@ class NormsGpu : public NormsOp {
     return Check(wdops_cuda_norms(
         tables.host(), tables.table(), tables.steps(),
         grad_scale.flat<double>().data(), grad_scale.dims(),
-        norm->flat<double>().data(), penalty->flat<double>().data(),
+        norm->flat<double>().data(),
+        report_penalty_ ? penalty->flat<double>().data() : nullptr,
         static_cast<unsigned char*>(finite->data()), tables.scratch(),
         card.stream()));
   }

@@ -45,18 +45,20 @@ class NormsCpu : public NormsOp {
           };
           cpu::Chunk chunk{begin, n, data(HasVar() ? 0 : -1), grad};
           chunk.accumulator = data(inputs_.accumulator);
-          sums[c] += kernels->gradient[dtype](steps.Of(i, dtype), chunk);
+          sums[c] += kernels->gradient[dtype](steps.Of(i, dtype), chunk,
+                                              report_penalty_);
         });
     bool all_finite = true;
     for (int i = 0; i < inputs_.n; ++i) {
       if (!wanted(i)) {
         norm->vec<double>()(i) = std::sqrt(by_factors[i]);
-        penalty->vec<double>()(i) = 0;
+        if (report_penalty_) penalty->vec<double>()(i) = 0;
         continue;
       }
       const Sums sum = grads.SumOver(i, sums);
       all_finite &= IsFinite(sum, inputs_.dtypes[i] == tensorflow::DT_DOUBLE);
       norm->vec<double>()(i) = std::sqrt(sum.a);
+      if (!report_penalty_) continue;
       const double* hyper = hypers.Of(i);
       penalty->vec<double>()(i) =
           PenaltyOf(hyper[kL1], hyper[kL2], sum.b, sum.c);
@@ -118,6 +120,7 @@ const bool registered = [] {
   op.Attr("T: list({float, double, bfloat16, half}) >= 1");
   op.Attr("U: list({float, double, bfloat16, half}) >= 0");
   op.Attr("factored: list(int) = []");
+  op.Attr("report_penalty: bool = true");
   op.Input("var: V * resource");
   op.Input("accumulator: A * resource");
   op.Input("grad: T");
@@ -132,8 +135,10 @@ const bool registered = [] {
   op.SetShapeFn([](tensorflow::shape_inference::InferenceContext* c) {
     std::vector<DataType> dtypes;
     TF_RETURN_IF_ERROR(c->GetAttr("T", &dtypes));
+    bool report_penalty;
+    TF_RETURN_IF_ERROR(c->GetAttr("report_penalty", &report_penalty));
     c->set_output(0, c->Vector(dtypes.size()));
-    c->set_output(1, c->Vector(dtypes.size()));
+    c->set_output(1, c->Vector(report_penalty ? dtypes.size() : 0));
     c->set_output(2, c->Scalar());
     return absl::OkStatus();
   });

@@ -77,6 +77,7 @@ class NormsOp : public tensorflow::OpKernel {
   NormsOp(tensorflow::OpKernelConstruction* ctx, bool scales_on_card)
       : OpKernel(ctx), scales_on_card_(scales_on_card) {
     OP_REQUIRES_OK(ctx, MakeInputs(nullptr, ctx, &inputs_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("report_penalty", &report_penalty_));
   }
 
   void Compute(tensorflow::OpKernelContext* ctx) final {
@@ -85,7 +86,8 @@ class NormsOp : public tensorflow::OpKernel {
 
  protected:
   // `values`: of every input but the hyperparameters; each is alive and
-  // unchanged until this returns.
+  // unchanged until this returns. `penalty` has no entries where none is asked
+  // for.
   virtual absl::Status Measure(tensorflow::OpKernelContext* ctx,
                                const Hypers& hypers,
                                const std::vector<tensorflow::Tensor>& values,
@@ -96,6 +98,7 @@ class NormsOp : public tensorflow::OpKernel {
   bool HasVar() const { return inputs_.lists[0] == "var"; }
 
   Inputs inputs_;
+  bool report_penalty_;
 
  private:
   absl::Status CheckAndMeasure(tensorflow::OpKernelContext* ctx) {
@@ -120,10 +123,10 @@ class NormsOp : public tensorflow::OpKernel {
       return Spec<const tensorflow::TensorShape&>{values[input].dtype(),
                                                   values[input].shape()};
     }));
-    const tensorflow::TensorShape each({inputs_.n});
     tensorflow::Tensor *norm, *penalty, *finite;
-    TF_RETURN_IF_ERROR(ctx->allocate_output(0, each, &norm));
-    TF_RETURN_IF_ERROR(ctx->allocate_output(1, each, &penalty));
+    TF_RETURN_IF_ERROR(ctx->allocate_output(0, {inputs_.n}, &norm));
+    TF_RETURN_IF_ERROR(
+        ctx->allocate_output(1, {report_penalty_ ? inputs_.n : 0}, &penalty));
     TF_RETURN_IF_ERROR(ctx->allocate_output(2, {}, &finite));
     return Measure(ctx, hypers, values, norm, penalty, finite);
   }

@@ -184,7 +184,7 @@ py::tuple NormOf(const py::array& grad, const std::optional<py::array>& param,
     cpu::Chunk chunk{begin, n, Move(param_data, begin, dtype),
                      Move(grad_data, begin, dtype)};
     chunk.accumulator = Move(accumulated, begin, dtype);
-    return kernels.gradient[dtype](&step, chunk);
+    return kernels.gradient[dtype](&step, chunk, true);
   });
   return py::make_tuple(std::sqrt(sums.a),
                         PenaltyOf(hyper[kL1], hyper[kL2], sums.b, sums.c),

@@ -18,7 +18,9 @@ struct Adadelta {
   template <class V>
   WDOPS_FN V operator()(V param, V grad, V* slot) const {
     slot[0] = rho * slot[0] + one_minus_rho * (grad * grad);
-    const V delta = Sqrt(slot[1] + epsilon) * grad / Sqrt(slot[0] + epsilon);
+    // sqrt(squares) / sqrt(v) by one root, which takes as long as all the rest.
+    const V v = slot[0] + epsilon, squares = slot[1] + epsilon;
+    const V delta = Sqrt(squares * v) * grad / v;
     slot[1] = rho * slot[1] + one_minus_rho * (delta * delta);
     return param - lr * delta;
   }

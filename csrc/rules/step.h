@@ -153,17 +153,9 @@ struct Step : Gradient<S> {
     return rule(Decay(param), Clip(total), slot);
   }
 
-  // What most steps are.
-  template <class V>
-  WDOPS_FN void Plain(V& param, V grad, V* slot) const {
-    param = Proximal<false>(Move(param, this->Total(param, grad), slot), slot);
-  }
-
-  // The same with accumulated gradients, and the choice of the metric of the
-  // proximal step. The caller empties the accumulator.
+  // All of it. kScaled: in the metric of the rule's preconditioner.
   template <bool kScaled, class V>
-  WDOPS_FN void Full(V& param, V grad, V* slot, V accumulator) const {
-    const V total = this->Total(param, grad, accumulator);
+  WDOPS_FN void Apply(V& param, V total, V* slot) const {
     param = Proximal<kScaled>(Move(param, total, slot), slot);
   }
 

@@ -249,10 +249,9 @@ ffi::Error Apply(ffi::ThreadPool pool, int32_t first, int32_t n, int32_t rule,
 }
 
 ffi::Error Norms(ffi::ThreadPool pool, int32_t first, int32_t n, int32_t param,
-                 int32_t accumulator, ffi::RemainingArgs args,
-                 ffi::Result<ffi::AnyBuffer> norm,
-                 ffi::Result<ffi::AnyBuffer> penalty,
-                 ffi::Result<ffi::AnyBuffer> finite) {
+                 int32_t accumulator, bool report_penalty,
+                 ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> norm,
+                 ffi::Result<ffi::AnyBuffer> finite, ffi::RemainingRets rets) {
   const cpu::Kernels& kernels = *cpu::ActiveKernels();
   const Operands operands(args, n);
   const int lists = (param >= 0) + (accumulator >= 0) + 1, grad = lists - 1;
@@ -262,22 +261,25 @@ ffi::Error Norms(ffi::ThreadPool pool, int32_t first, int32_t n, int32_t param,
                                        {}, lists, grad, first, n);
   if (!error.empty()) return ffi::Error::InvalidArgument(error);
   std::vector<Sums> sums = chunks.ForSums();
-  chunks.ForEach(pool, lists,
-                 [&](int i, int64_t c, int64_t begin, int64_t size) {
-                   const auto data = [&](int list) {
-                     return operands.Data(list, i, begin);
-                   };
-                   cpu::Chunk chunk{begin, size, data(param), data(grad)};
-                   chunk.accumulator = data(accumulator);
-                   const DType dtype = operands.TypeOf(grad, i);
-                   sums[c] = kernels.gradient[dtype](steps.Of(i, dtype), chunk);
-                 });
+  chunks.ForEach(
+      pool, lists, [&](int i, int64_t c, int64_t begin, int64_t size) {
+        const auto data = [&](int list) {
+          return operands.Data(list, i, begin);
+        };
+        cpu::Chunk chunk{begin, size, data(param), data(grad)};
+        chunk.accumulator = data(accumulator);
+        const DType dtype = operands.TypeOf(grad, i);
+        sums[c] =
+            kernels.gradient[dtype](steps.Of(i, dtype), chunk, report_penalty);
+      });
   bool all_finite = true;
   for (int i = 0; i < n; ++i) {
     const Sums sum = chunks.SumOver(i, sums);
     all_finite &= IsFinite(sum, operands.TypeOf(grad, i) == k_float64);
     norm->typed_data<double>()[i] = std::sqrt(sum.a);
-    penalty->typed_data<double>()[i] = steps.Penalty(i, sum.b, sum.c);
+    if (!report_penalty) continue;
+    (*rets.get<ffi::AnyBuffer>(0))->typed_data<double>()[i] =
+        steps.Penalty(i, sum.b, sum.c);
   }
   finite->typed_data<bool>()[0] = all_finite;
   return ffi::Error::Success();
@@ -327,10 +329,11 @@ XLA_FFI_DEFINE_HANDLER(kNorms, Norms,
                            .Attr<int32_t>("n")
                            .Attr<int32_t>("param")
                            .Attr<int32_t>("accumulator")
+                           .Attr<bool>("report_penalty")
                            .RemainingArgs()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>());
+                           .RemainingRets());
 XLA_FFI_DEFINE_HANDLER(kGradientOfActivation, GradientOfActivation,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()

@@ -120,6 +120,18 @@ class Lowering : public tensorflow::XlaOpKernel {
     return xla::ShapeUtil::MakeShape(xla::F64, {n});
   }
 
+  // A vector of the penalties of all variables, or an empty one.
+  static void SetPenalties(XlaOpKernelContext* ctx, int output,
+                           const std::vector<xla::XlaOp>& penalties) {
+    xla::XlaBuilder* builder = ctx->builder();
+    ctx->SetOutput(output, penalties.empty()
+                               ? xla::ConstantR1<double>(builder, {})
+                               : xla::ConcatInDim(builder, penalties, 0));
+  }
+
+  // An attribute of a call.
+  static const char* Name(bool value) { return value ? "true" : "false"; }
+
   // The hyperparameters of variable i, as scalars; there are kStepHyperCount at
   // least.
   std::vector<Hlo<double>> Hypers(XlaOpKernelContext* ctx, int i) const {
@@ -255,20 +267,19 @@ class ApplyXla : public Lowering {
       if (!report_penalty_) continue;
       penalties.push_back(xla::Reshape(PenaltyOf(hyper, param).op, {1}));
     }
-    SetPenalties(ctx, penalties);
+    SetPenalties(ctx, 0, penalties);
     return absl::OkStatus();
   }
 
   absl::Status Call(XlaOpKernelContext* ctx) override {
-    const auto name = [](bool value) { return value ? "true" : "false"; };
     const std::string attributes = absl::StrCat(
         "rule = ", FindRule(type_string()) - kRules,
         " : i32, slots = ", inputs_.slots,
         " : i32, accumulator = ", inputs_.accumulator,
         " : i32, average = ", inputs_.average,
-        " : i32, scaled_proximal = ", name(options_.scaled_proximal),
-        ", stochastic = ", name(options_.stochastic),
-        ", report_penalty = ", name(report_penalty_));
+        " : i32, scaled_proximal = ", Name(options_.scaled_proximal),
+        ", stochastic = ", Name(options_.stochastic),
+        ", report_penalty = ", Name(report_penalty_));
     std::vector<xla::XlaOp> penalties;
     for (int begin = 0; begin < inputs_.n; begin += kMostPerCall) {
       const int end = std::min(begin + kMostPerCall, inputs_.n);
@@ -277,16 +288,8 @@ class ApplyXla : public Lowering {
       TF_RETURN_IF_ERROR(CallKernels(ctx, begin, end, "wdops_apply", attributes,
                                      /*writes=*/true, results, &penalties));
     }
-    SetPenalties(ctx, penalties);
+    SetPenalties(ctx, 0, penalties);
     return absl::OkStatus();
-  }
-
-  static void SetPenalties(XlaOpKernelContext* ctx,
-                           const std::vector<xla::XlaOp>& penalties) {
-    xla::XlaBuilder* builder = ctx->builder();
-    ctx->SetOutput(0, penalties.empty()
-                          ? xla::ConstantR1<double>(builder, {})
-                          : xla::ConcatInDim(builder, penalties, 0));
   }
 
   // `new_param`: the one that is stored, in double.
@@ -299,12 +302,13 @@ class ApplyXla : public Lowering {
     for (int k = 0; k < inputs_.slots; ++k) {
       TF_RETURN_IF_ERROR(Read(ctx, 1 + k, i, &slot[k]));
     }
-    accumulator = Like(param, 0);
+    Hlo<S> total = step.Total(param, grad);
     if (inputs_.accumulator >= 0) {
       TF_RETURN_IF_ERROR(Read(ctx, inputs_.accumulator, i, &accumulator));
+      total = step.Total(param, grad, accumulator);
     }
     if constexpr (kHasTrust<Rule<float>>) {
-      const Hlo<S> g = step.Clip(step.Total(param, grad, accumulator));
+      const Hlo<S> g = step.Clip(total);
       Hlo<S> unchanged[] = {slot[0], slot[1], slot[2]};
       const Hlo<double> norm = SquaresOf(step.Decay(param));
       const Hlo<double> direction =
@@ -315,11 +319,9 @@ class ApplyXla : public Lowering {
     }
     constexpr bool kScaled = kHasRate<Rule<Hlo<S>>, Hlo<S>>;
     if (kScaled && options_.scaled_proximal) {
-      step.template Full<kScaled>(param, grad, slot, accumulator);
-    } else if (inputs_.accumulator >= 0) {
-      step.template Full<false>(param, grad, slot, accumulator);
+      step.template Apply<kScaled>(param, total, slot);
     } else {
-      step.Plain(param, grad, slot);
+      step.template Apply<false>(param, total, slot);
     }
     if (inputs_.average >= 0) {
       TF_RETURN_IF_ERROR(Read(ctx, inputs_.average, i, &average));
@@ -383,7 +385,9 @@ class ApplyXla : public Lowering {
 class NormsXla : public Lowering {
  public:
   explicit NormsXla(tensorflow::OpKernelConstruction* ctx)
-      : Lowering(ctx, nullptr) {}
+      : Lowering(ctx, nullptr) {
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("report_penalty", &report_penalty_));
+  }
 
  private:
   absl::Status Lower(XlaOpKernelContext* ctx) override {
@@ -398,11 +402,13 @@ class NormsXla : public Lowering {
               ? Measure<double>(ctx, i, hyper, &squares, &penalty, &nan)
               : Measure<float>(ctx, i, hyper, &squares, &penalty, &nan));
       norms.push_back(xla::Reshape(Sqrt(squares).op, {1}));
-      penalties.push_back(xla::Reshape(penalty.op, {1}));
+      if (report_penalty_) {
+        penalties.push_back(xla::Reshape(penalty.op, {1}));
+      }
       nonfinite = nonfinite + nan;
     }
     ctx->SetOutput(0, xla::ConcatInDim(builder, norms, 0));
-    ctx->SetOutput(1, xla::ConcatInDim(builder, penalties, 0));
+    SetPenalties(ctx, 1, penalties);
     ctx->SetOutput(2, (nonfinite == 0).op);
     return absl::OkStatus();
   }
@@ -410,23 +416,25 @@ class NormsXla : public Lowering {
   absl::Status Call(XlaOpKernelContext* ctx) override {
     const std::string attributes =
         absl::StrCat("param = ", inputs_.lists[0] == "var" ? 0 : -1,
-                     " : i32, accumulator = ", inputs_.accumulator, " : i32");
+                     " : i32, accumulator = ", inputs_.accumulator,
+                     " : i32, report_penalty = ", Name(report_penalty_));
     std::vector<xla::XlaOp> norms, penalties;
     xla::XlaOp finite = xla::ConstantR0<bool>(ctx->builder(), true);
     for (int begin = 0; begin < inputs_.n; begin += kMostPerCall) {
       const int end = std::min(begin + kMostPerCall, inputs_.n);
       const xla::Shape numbers = PerVariable(end - begin);
+      std::vector<xla::Shape> results = {
+          numbers, xla::ShapeUtil::MakeShape(xla::PRED, {})};
+      if (report_penalty_) results.push_back(numbers);
       std::vector<xla::XlaOp> found;
-      TF_RETURN_IF_ERROR(CallKernels(
-          ctx, begin, end, "wdops_norms", attributes, /*writes=*/false,
-          {numbers, numbers, xla::ShapeUtil::MakeShape(xla::PRED, {})},
-          &found));
+      TF_RETURN_IF_ERROR(CallKernels(ctx, begin, end, "wdops_norms", attributes,
+                                     /*writes=*/false, results, &found));
       norms.push_back(found[0]);
-      penalties.push_back(found[1]);
-      finite = xla::And(finite, found[2]);
+      finite = xla::And(finite, found[1]);
+      if (report_penalty_) penalties.push_back(found[2]);
     }
     ctx->SetOutput(0, xla::ConcatInDim(ctx->builder(), norms, 0));
-    ctx->SetOutput(1, xla::ConcatInDim(ctx->builder(), penalties, 0));
+    SetPenalties(ctx, 1, penalties);
     ctx->SetOutput(2, finite);
     return absl::OkStatus();
   }
@@ -457,6 +465,8 @@ class NormsXla : public Lowering {
         std::is_same_v<S, float> ? *squares - *squares : SumOf(total - total);
     return absl::OkStatus();
   }
+
+  bool report_penalty_;
 };
 
 // Under XLA, which forms the gradient in any case, the factors go through.

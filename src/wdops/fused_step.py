@@ -602,7 +602,7 @@ class FusedStep(keras.optimizers.Optimizer):
 
         def accumulate() -> tf.Tensor:
             def measure() -> list[reference.Norms]:
-                return [ops.norms(b.grads, **scale) for b in batches] if skip_nonfinite else []
+                return [self._norms(b, None, scale) for b in batches] if skip_nonfinite else []
 
             return guarded(measure, lambda norms: self._accumulate(batches, scale))
 
@@ -646,9 +646,14 @@ class FusedStep(keras.optimizers.Optimizer):
         if not skip_nonfinite and not self._clips("clipnorm", "global_clipnorm"):
             return []
         return [
-            ops.norms(b.grads, b.variables if self._penalizes(b.index) else None, **self._gradient_hypers(b, scale))
+            self._norms(b, b.variables if self._penalizes(b.index) else None, self._gradient_hypers(b, scale))
             for b in batches
         ]
+
+    @staticmethod
+    def _norms(batch: _Batch, variables: list[Any] | None, hypers: dict[str, Any]) -> reference.Norms:
+        """Without the penalty of the old parameter, which nobody reads."""
+        return ops.norms(batch.grads, variables, report_penalty=False, **hypers)
 
     def _clip_scales(self, norms: list[tf.Tensor]) -> list[Any]:
         if self._clips("clipnorm"):

@@ -148,6 +148,7 @@ def norms(
     accumulation_scale: Any = 1.0,
     l1: Any = 0.0,
     l2: Any = 0.0,
+    report_penalty: bool = True,
     name: str | None = None,
 ) -> reference.Norms:
     grads = reference.as_list(grad)
@@ -156,12 +157,15 @@ def norms(
     if not grads:
         return reference.Norms(tf.zeros(0, tf.float64), tf.zeros(0, tf.float64), tf.constant(True))
     hypers = {"grad_scale": grad_scale, "accumulation_scale": accumulation_scale, "l1": l1, "l2": l2}
-    return reference.Norms(*raw_ops.wdops_norms(**targets, **_gradients(grads), **_hypers(hypers), name=name))
+    found = raw_ops.wdops_norms(
+        **targets, **_gradients(grads), **_hypers(hypers), report_penalty=report_penalty, name=name
+    )
+    return reference.Norms(*found)
 
 
 @as_it_is
 def global_norm(grad: Any, var: Any = None, **arguments: Any) -> tuple[tf.Tensor, tf.Tensor]:
-    norm, _, finite = norms(grad, var, **arguments)
+    norm, _, finite = norms(grad, var, report_penalty=False, **arguments)
     return tf.norm(norm), finite
 
 

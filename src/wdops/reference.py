@@ -831,6 +831,7 @@ def norms(
     accumulation_scale: Any = 1.0,
     l1: Any = 0.0,
     l2: Any = 0.0,
+    report_penalty: bool = True,
     name: str | None = None,
 ) -> Norms:
     """The norm of every gradient with its penalty, in one read; what clipping needs.
@@ -847,11 +848,12 @@ def norms(
       var: the variables of the gradients; without them there is no penalty. Default None.
       accumulator: sums of earlier gradients, like var; they are only read. Default None.
       grad_scale, accumulation_scale, l1, l2: as in `apply_sgd`. Default 1, 1, 0, 0.
+      report_penalty: whether to return the penalty, too. Default True.
       name: of the op.
 
     Returns:
       `Norms(norm, penalty, finite)`: two float64 vectors with one entry for each gradient, and whether every element
-      of every g is finite, a bool scalar.
+      of every g is finite, a bool scalar. Without `report_penalty` the second is empty.
 
     Raises:
       ValueError, tf.errors.InvalidArgumentError: as `apply_sgd`.
@@ -866,7 +868,7 @@ def norms(
         of_param = 0.0 if param is None else penalty(param, h["l1"], h["l2"])
         found.append((tf.norm(total), to_float64(of_param), tf.reduce_all(tf.math.is_finite(total))))
     norm, penalties, finite = (tf.stack(x) for x in zip(*found, strict=True))
-    return Norms(norm, penalties, tf.reduce_all(finite))
+    return Norms(norm, penalties if report_penalty else tf.zeros(0, tf.float64), tf.reduce_all(finite))
 
 
 def global_norm(grad: Any, var: Any = None, **arguments: Any) -> tuple[tf.Tensor, tf.Tensor]:
