@@ -163,7 +163,13 @@ def test_a_library_of_kernels_exports_its_table_and_nothing_else(isa):
     rounding_once = [function for function in functions if re.search(r"\bvfn?m(add|sub)", function)]
     assert bool(rounding_once) == (isa != "baseline")
     for function in rounding_once:
-        assert re.match(r"\w+ <void wdops::cpu::\(anonymous namespace\)::(Product|RegisterTile)<", function)
+        name = function[: function.index("\n")]
+        if re.search(r"::(Product|RegisterTile)<", name):
+            continue
+        # The square of what was a float is exact in a double: rounded once or twice, a sum of them is the same.
+        assert re.search(r"PenaltySums::Add<|GradientSums|TrustSums", name), name
+        assert not re.search(r"[<,] ?double|GradientSumsId", name), name
+        assert set(re.findall(r"\bvfn?m(?:add|sub)\w*([sp][sd])\b", function)) <= {"pd", "sd"}, name
 
 
 @pytest.mark.parametrize("library", ["cpu", "ops"])
