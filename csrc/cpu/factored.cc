@@ -32,8 +32,9 @@ struct Register {
       __attribute__((vector_size(kVectorBytes), aligned(sizeof(S)), may_alias));
 };
 
-// a * b + c, rounded once. Nothing else in this library is so: only a product
-// is limited by arithmetic and not by memory, and where a processor adds in the
+// a * b + c, rounded once. Nothing else in this library is so but where both
+// ways give the same bits (cpu/add_up.h): only a product is limited by
+// arithmetic and not by memory, and where a processor adds in the
 // units in which it multiplies, two instructions take it twice as long. By
 // intrinsics, because GCC makes no such instruction of a vector otherwise, but
 // with -ffp-contract, which would reach all that is compiled here.
@@ -123,7 +124,10 @@ void Pack(const void* from, int64_t batch, int64_t n, int64_t panel, int width,
 // Starts to load part `k` of n of a run: two lines of each KiB, behind which
 // the processor goes on by itself. On a Xeon a step from factors of 32 rows
 // takes 12 to 17 % less time for it; all lines would hold up the product for
-// longer. Where asking is not worth it, it would take 4 to 8 % more.
+// longer. Where asking is not worth it, it would take 4 to 8 % more: on an EPYC
+// the walk of page tables behind a request for another page holds up the
+// product for as long as the step is shorter for it; in pages of 2 MiB it would
+// cost nothing.
 WDOPS_FN void FetchPart(const Beside& run, int64_t k, int64_t n) {
   if (!kAsksAhead) return;
   constexpr int64_t kStep = 1024, kLine = 64;
