@@ -195,6 +195,8 @@ def test_demo(tmp_path):
     for part in ("digits, keras", "training loss", "test accuracy", "largest difference of weights", "speed-up", "ms"):
         assert part in result.stdout
     assert float(re.search(r"largest difference of weights\s+(\S+)", result.stdout)[1]) < 1e-5
+    _, full, half = (float(x) for x in re.findall(r"\d\.\d{6}", result.stdout)[:3])  # training loss, bfloat16 slots
+    assert 0 < abs(half - full) < 0.01 * full
     assert (tmp_path / "wdops_demo.png").read_bytes()[1:4] == b"PNG"
 
 

@@ -1,5 +1,6 @@
-"""The demo: the same training with Keras's AdamW and with wdops's, on real data, and the step of a larger model."""
+"""The demo: the same training with Keras's AdamW and wdops's, also with slots of 2 bytes, and a larger model's step."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +18,11 @@ from sklearn.model_selection import train_test_split
 
 from wdops import isa, optimizers
 
-CLASSES = {"keras": keras.optimizers.AdamW, "wdops": optimizers.AdamW}
+WAYS = {
+    "keras": keras.optimizers.AdamW,
+    "wdops": optimizers.AdamW,
+    "wdops, bfloat16 slots": functools.partial(optimizers.AdamW, slot_dtype="bfloat16"),
+}
 LEARNING_RATE, WEIGHT_DECAY, BATCH, SEED = 1e-3, 1e-2, 64, 7
 
 
@@ -40,7 +45,7 @@ def train(name: str, epochs: int, progress: Progress) -> tuple[list[dict[str, fl
         ]
     )
     model.compile(
-        CLASSES[name](LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        WAYS[name](LEARNING_RATE, weight_decay=WEIGHT_DECAY),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -68,7 +73,7 @@ def larger_model_step(name: str) -> Callable[[], None]:
     block = [(512, 512), (512,)] * 4 + [(512, 2048), (2048,), (2048, 512), (512,)] + [(512,)] * 4
     variables = [keras.Variable(np.full(shape, 0.1, np.float32)) for shape in block * 8]
     grads = [tf.fill(v.shape, 1e-3) for v in variables]
-    optimizer = CLASSES[name](LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = WAYS[name](LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     optimizer.build(variables)
 
     @tf.function
@@ -79,8 +84,8 @@ def larger_model_step(name: str) -> Callable[[], None]:
 
 
 def time_steps(steps: int, progress: Progress) -> dict[str, float]:
-    """The median milliseconds of a step: the two run in turn, so that a drift of the machine meets both."""
-    runs = {name: larger_model_step(name) for name in CLASSES}
+    """The median milliseconds of a step: they run in turn, so that a drift of the machine meets all."""
+    runs = {name: larger_model_step(name) for name in WAYS}
     for run in runs.values():
         run()
     task = progress.add_task("a larger model's step", total=steps)
@@ -100,7 +105,7 @@ def draw(curves: dict[str, list[dict[str, float]]], png: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, key, title in zip(axes, ("loss", "val_accuracy"), ("training loss", "test accuracy"), strict=True):
-        for (name, curve), style in zip(curves.items(), ("-", "--"), strict=True):
+        for (name, curve), style in zip(curves.items(), ("-", "--", ":"), strict=True):
             axis.plot(range(1, len(curve) + 1), [point[key] for point in curve], style, label=name, lw=2)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -114,15 +119,16 @@ def draw(curves: dict[str, list[dict[str, float]]], png: Path) -> None:
 def run(epochs: int, steps: int, png: Path) -> None:
     console = Console()
     with Progress(console=console) as progress:
-        results = {name: train(name, epochs, progress) for name in CLASSES}
+        results = {name: train(name, epochs, progress) for name in WAYS}
         milliseconds = time_steps(steps, progress)
     curves = {name: curve for name, (curve, _) in results.items()}
-    weights = [np.concatenate([w.ravel() for w in ws]) for _, ws in results.values()]
-    difference = np.max(np.abs(weights[0] - weights[1]))
+    weights = {name: np.concatenate([w.ravel() for w in ws]) for name, (_, ws) in results.items()}
+    difference = np.max(np.abs(weights["keras"] - weights["wdops"]))
+    count, largest = weights["keras"].size, np.max(np.abs(weights["keras"]))
 
-    console.print(f"AdamW on the digits: {len(weights[0]):,} weights, {epochs} epochs; the step runs on {isa.active()}")
+    console.print(f"AdamW on the digits: {count:,} weights, {epochs} epochs; the step runs on {isa.active()}")
     table = Table()
-    for column in ("", *CLASSES):
+    for column in ("", *WAYS):
         table.add_column(column, justify="left" if not column else "right")
     for label, key, form in (
         ("training loss", "loss", "{:.6f}"),
@@ -132,7 +138,7 @@ def run(epochs: int, steps: int, png: Path) -> None:
         table.add_row(label, *(form.format(curve[-1][key]) for curve in curves.values()))
     table.add_row("step of 25 M parameters", *(f"{ms:.2f} ms" for ms in milliseconds.values()))
     console.print(table)
-    console.print(f"largest difference of weights  {difference:.1e} (largest weight {np.max(np.abs(weights[0])):.2f})")
+    console.print(f"largest difference of weights  {difference:.1e} (largest weight {largest:.2f})")
     console.print(f"speed-up of the step           {milliseconds['keras'] / milliseconds['wdops']:.1f} times")
     draw(curves, png)
     console.print(f"curves                         {png}")
