@@ -67,19 +67,17 @@ WDOPS_FN void FetchAhead(const Arrays<T, SlotT, kSlots>& a, int64_t i) {
 // memory: a loop of its own behind a chunk takes 3 % of a large step.
 class PenaltySums {
  public:
-  template <class S>
-  explicit PenaltySums(const Gradient<S>& gradient)
-      : absolute_(gradient.l1 != 0), squares_(gradient.l2_slope != 0) {}
+  explicit PenaltySums(bool has_l1) : has_l1_(has_l1) {}
 
   template <class T>
   WDOPS_LOOP void Add(const T* param, int n) {
     const auto square = [&](int64_t i) { return Square{Load(param[i])}; };
-    if (absolute_) {
+    if (has_l1_) {
       lanes_.Add(n, [&](int64_t i) {
         return std::tuple<double, decltype(square(i))>(Abs(Load(param[i])),
                                                        square(i));
       });
-    } else if (squares_) {
+    } else {
       lanes_.Add(n,
                  [&](int64_t i) { return std::tuple(Nothing(), square(i)); });
     }
@@ -88,7 +86,7 @@ class PenaltySums {
   Sums Total() { return lanes_.Total(); }
 
  private:
-  bool absolute_, squares_;
+  bool has_l1_;
   Lanes<2> lanes_;
 };
 
@@ -213,8 +211,11 @@ void SweepRule(const void* step_bytes, const Chunk& chunk, Sums* penalty) {
         ? SweepKnown<true, Rule, T, SlotT>(step, chunk, begin, end)
         : SweepKnown<false, Rule, T, SlotT>(step, chunk, begin, end);
   };
-  if (!penalty) return sweep(0, chunk.n);
-  PenaltySums sums(step);
+  if (penalty) *penalty = {};
+  if (!penalty || (step.l1 == 0 && step.l2_slope == 0)) {
+    return sweep(0, chunk.n);
+  }
+  PenaltySums sums(step.l1 != 0);
   for (int begin = 0, end; begin < chunk.n; begin = end) {
     end = std::min<int64_t>(begin + kPenaltyBlock, chunk.n);
     sweep(begin, end);
