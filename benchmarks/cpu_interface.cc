@@ -304,7 +304,7 @@ int wdops_cuda_apply(int rule, const void* host_table, const void*, void* steps,
     });
     if (!penalty) continue;
     const Sums sums = ForChunks(*Gathered(v), [&](const Chunk& chunk) {
-      return kernels.gradient[dtype](&step, chunk);
+      return kernels.gradient[dtype](&step, chunk, true);
     });
     penalty[i] = PenaltyOf(hyper.of[kL1], hyper.of[kL2], sums.b, sums.c);
   }
@@ -327,7 +327,7 @@ int wdops_cuda_norms(const void* host_table, const void*, const void* steps,
     AnyStep step;
     kRules[0].make_step[dtype](hyper.of, {}, &step);
     const Sums sums = ForChunks(*Gathered(v), [&](const Chunk& chunk) {
-      return kernels.gradient[dtype](&step, chunk);
+      return kernels.gradient[dtype](&step, chunk, true);
     });
     norm[i] = std::sqrt(sums.a);
     penalty[i] =
