@@ -201,8 +201,9 @@ def test_norms_without_the_penalty_have_the_same_bits(accumulated, l1, mode):
 @pytest.mark.parametrize("kinks", [{}, {"clip_value": 0.0, "proximal_l1": 0.0}], ids=["kinks", "smooth"])
 @pytest.mark.parametrize("lists", ["", "accumulator", "average", "accumulator average"])
 def test_squares_that_the_sweep_adds_up_move_no_bit(rule, lists, kinks, isa):
-    """The sums have 64 lanes each, and are made behind every 256 elements."""
-    shapes = [(n,) for n in (0, 1, 8, 63, 64, 65, 127, 128, 255, 256, 257, 1025, 1088, 16383, 16384, 16385, 40001)]
+    """The sums have 64 lanes each, and are made behind every 256 elements; 1024 stand for an average that is not."""
+    sizes = 0, 1, 8, 63, 64, 65, 127, 128, 255, 256, 257, 1023, 1024, 1025, 1088, 16383, 16384, 16385, 40001
+    shapes = [(n,) for n in sizes]
     shapes = [shape for shape in shapes for _ in range(2)]
     arrays = make(rule, ["float32", "float64"], shapes)
     l2 = [0.1 * (i % 5) for i in range(len(shapes))]

@@ -18,8 +18,8 @@ struct Adadelta {
   template <class V>
   WDOPS_FN V operator()(V param, V grad, V* slot) const {
     slot[0] = rho * slot[0] + one_minus_rho * (grad * grad);
-    // sqrt(squares) / sqrt(v) by one root, which takes as long as all the rest.
-    // In float the product is never 0 with an epsilon from 1e-19 on.
+    // sqrt(squares) / sqrt(v), by one root for two. In float the product is not
+    // 0 with an epsilon from 1e-19 on.
     const V v = slot[0] + epsilon, squares = slot[1] + epsilon;
     const V delta = Sqrt(squares * v) * grad / v;
     slot[1] = rho * slot[1] + one_minus_rho * (delta * delta);
