@@ -31,7 +31,7 @@ from wdops.factored import MOST_ROWS, FactoredGradient
 # (batch, rows, columns): each width of a register, panel and tile, and one less and more; several tiles down and
 # across; nothing.
 SHAPES = [
-    *[(n, n, n) for n in (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)],
+    *[(n, n, n) for n in (1, 6, 7, 8, 9, 12, 13, 15, 16, 17, 31, 32, 33, 36, 37, 63, 64, 65)],
     (3, 700, 100), (2, 3, 4097), (2, 33, 9001), (300, 5, 70), (129, 9, 65), (5, 40000, 1), (1, 1, 20000),
     (65, 40, 1030), (257, 70, 520),  # tiles that are higher for their batch
     (0, 3, 4), (4, 0, 5), (4, 5, 0),

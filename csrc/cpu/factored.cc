@@ -14,14 +14,17 @@
 namespace wdops::cpu {
 namespace {
 
-// The accumulators of a register tile, kHeight rows of kWidth vectors, are half
-// of the vector registers. GCC keeps them there if they are vectors of its own.
+// The accumulators of a register tile, kHeight rows of kWidth vectors, are
+// three quarters of the vector registers: half of them wait for each other on a
+// Xeon, which took 5 to 8 % longer. GCC keeps them there if they are vectors of
+// its own.
+constexpr int kHeight = 6;
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kHeight = 4, kWidth = 4;
+constexpr int kVectorBytes = 64, kWidth = 4;
 #elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kHeight = 4, kWidth = 2;
+constexpr int kVectorBytes = 32, kWidth = 2;
 #else
-constexpr int kVectorBytes = 16, kHeight = 4, kWidth = 2;
+constexpr int kVectorBytes = 16, kWidth = 2;
 #endif
 
 template <class S>
@@ -62,11 +65,17 @@ inline V Fma(V a, V b, V c) {
 }
 #endif
 
+constexpr int64_t kLine = 64;
+
+// Starts to load a line into L2: L1 is full of what the product reads.
+WDOPS_FN void FetchLine(const char* line) { __builtin_prefetch(line, 0, 2); }
+
 // x [batch, kHeight] and dz [batch, kColumns]: x^T dz goes to `to`, whose rows
-// are `stride` elements apart, or is added to it.
+// are `stride` elements apart, or is added to it. Meanwhile it starts to load
+// the first `batch` lines of `next` at most.
 template <class S>
 void RegisterTile(const S* x, const S* dz, int64_t batch, bool add, S* to,
-                  int64_t stride) {
+                  int64_t stride, const Span& next) {
   using V = typename Register<S>::Vector;
   constexpr int kLength = Register<S>::kLength;
   V sums[kHeight][kWidth] = {};
@@ -80,6 +89,7 @@ void RegisterTile(const S* x, const S* dz, int64_t batch, bool add, S* to,
     }
   }
   for (int64_t k = 0; k < batch; ++k) {
+    if (k * kLine < next.bytes) FetchLine(next.begin + k * kLine);
     V row[kWidth];
     for (int v = 0; v < kWidth; ++v) {
       row[v] = *reinterpret_cast<const V*>(dz + v * kLength);
@@ -121,30 +131,42 @@ void Pack(const void* from, int64_t batch, int64_t n, int64_t panel, int width,
   }
 }
 
-// Starts to load part `k` of n of a run: two lines of each KiB, behind which
-// the processor goes on by itself. On a Xeon a step from factors of 32 rows
-// takes 12 to 17 % less time for it; all lines would hold up the product for
-// longer. Where asking is not worth it, it would take 4 to 8 % more: on an EPYC
-// the walk of page tables behind a request for another page holds up the
-// product for as long as the step is shorter for it; in pages of 2 MiB it would
-// cost nothing.
-WDOPS_FN void FetchPart(const Beside& run, int64_t k, int64_t n) {
-  if (!kAsksAhead) return;
-  constexpr int64_t kStep = 1024, kLine = 64;
-  const int64_t steps = Ceil(run.bytes, kStep);
-  for (int64_t step = steps * k / n; step < steps * (k + 1) / n; ++step) {
-    __builtin_prefetch(run.begin + step * kStep);
-    __builtin_prefetch(run.begin + step * kStep + kLine);
+// Part `k` of n of a span, in steps of so many bytes; nothing of it where
+// asking for memory is not worth it. On an EPYC a step from factors took up to
+// 8 % longer for it: the walk of page tables behind a request for another page
+// holds up the product for as long as the step is shorter for it; in pages of 2
+// MiB it would cost nothing.
+WDOPS_FN Span Part(const Span& span, int64_t k, int64_t n, int64_t step) {
+  if (!kAsksAhead) return {};
+  const int64_t steps = Ceil(span.bytes, step);
+  const int64_t first = steps * k / n;
+  return {span.begin + first * step, (steps * (k + 1) / n - first) * step};
+}
+
+// Starts to load part `k` of n of a span: two lines of each KiB, behind which
+// the processor goes on by itself. On a Xeon a step from factors of 8 to 32
+// rows takes 8 % less time for it; all lines would hold up the product for
+// longer.
+WDOPS_FN void FetchPart(const Span& span, int64_t k, int64_t n) {
+  constexpr int64_t kStep = 1024;
+  const Span part = Part(span, k, n, kStep);
+  for (int64_t at = 0; at < part.bytes; at += kStep) {
+    FetchLine(part.begin + at);
+    FetchLine(part.begin + at + kLine);
   }
 }
 
 template <class T>
 void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
-             int64_t columns, void* tile, const Beside* beside, int count) {
+             int64_t columns, void* tile, const Span* beside, int count) {
   using S = Compute<T>;
   constexpr int kColumns = Register<S>::kColumns;
-  // So much of a panel of dz stays in L1 while all rows pass it.
-  constexpr int64_t kBatch = 128;
+  // So much of a panel of dz stays in L1 while all rows pass it, and meanwhile
+  // as much of what comes next is asked for: a Xeon waited for its L3 in a long
+  // batch's product, for up to a fifth of it.
+  constexpr int64_t kDepth = 128;
+  // Beside the larger tile of a longer batch, asking for more gains nothing.
+  if (batch > 64) count = 0;
   const FloatMode mode;
   T* to = static_cast<T*>(tile);
   int64_t made = 0;
@@ -154,22 +176,27 @@ void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
     const bool wide = std::is_same_v<S, T> && c + kColumns <= columns;
     const int64_t whole_rows = wide ? rows / kHeight * kHeight : 0;
     if constexpr (std::is_same_v<S, T>) {
-      for (int64_t k = 0; k == 0 || k < batch; k += kBatch) {
+      for (int64_t k = 0; k == 0 || k < batch; k += kDepth) {
+        const int64_t depth = std::min(kDepth, batch - k);
+        const S* block = dz_panel + k * kColumns;
+        const S* next = block + depth * kColumns;
+        const Span ahead = {reinterpret_cast<const char*>(next),
+                            (next - block) * int64_t{sizeof(S)}};
         for (int64_t r = 0; r < whole_rows; r += kHeight) {
-          for (int i = 0; i < count && k == 0; ++i) {
-            FetchPart(beside[i], made, tiles);
+          if (k == 0) {
+            for (int i = 0; i < count; ++i) FetchPart(beside[i], made, tiles);
+            ++made;
           }
-          if (k == 0) ++made;
           RegisterTile(static_cast<const S*>(x) + r * batch + k * kHeight,
-                       dz_panel + k * kColumns, std::min(kBatch, batch - k),
-                       k > 0, to + r * columns + c, columns);
+                       block, depth, k > 0, to + r * columns + c, columns,
+                       Part(ahead, r / kHeight, whole_rows / kHeight, kLine));
         }
       }
     }
     for (int64_t r = whole_rows; r < rows; r += kHeight) {
       S part[kHeight * kColumns];
       RegisterTile(static_cast<const S*>(x) + r * batch, dz_panel, batch, false,
-                   part, kColumns);
+                   part, kColumns, {});
       const int64_t height = std::min<int64_t>(kHeight, rows - r);
       const int64_t width = std::min<int64_t>(kColumns, columns - c);
       for (int64_t i = 0; i < height; ++i) {

@@ -18,7 +18,7 @@ struct Factored {
   // which a usual L2 holds beside what is swept; and some rows at least, which
   // share what is read of dz: the more, the less of it the cache can hold.
   // Other than at the edges, whole panels.
-  static constexpr int64_t kRowStep = 8, kColumnStep = 64;
+  static constexpr int64_t kRowStep = 12, kColumnStep = 64;
   int64_t TileColumns() const {
     constexpr int64_t kMost = 4096;
     if (columns <= kMost) return columns;
@@ -26,7 +26,7 @@ struct Factored {
   }
   int64_t TileRows() const {
     const int64_t most = 2 * kChunk / std::max<int64_t>(1, TileColumns());
-    const int64_t least = kRowStep * (batch <= 64 ? 2 : batch <= 256 ? 4 : 8);
+    const int64_t least = kRowStep * (batch <= 64 ? 2 : 3);
     return std::max(least, most / kRowStep * kRowStep);
   }
   int64_t TilesAcross() const { return Ceil(columns, TileColumns()); }
@@ -36,10 +36,10 @@ struct Factored {
   }
 };
 
-// A run of memory that is read after a tile, with it.
-struct Beside {
-  const char* begin;
-  int64_t bytes;
+// Memory that is going to be read.
+struct Span {
+  const char* begin = nullptr;
+  int64_t bytes = 0;
 };
 
 // Everything is of one dtype in memory and of its Compute in a pack.
@@ -53,9 +53,10 @@ struct FactoredKernels {
                int width, void* to);
   // Writes a tile [rows, columns] of x^T dz, added up over the batch in its
   // order. x and dz: the packed panels where the tile begins. Of 32 and 64 bits
-  // it meanwhile starts to load the `count` runs beside it.
+  // it meanwhile starts to load what is read with the tile: `beside`, `count`
+  // spans.
   void (*product)(const void* x, const void* dz, int64_t batch, int64_t rows,
-                  int64_t columns, void* tile, const Beside*, int count);
+                  int64_t columns, void* tile, const Span* beside, int count);
   // a: the part of |x^T dz|^2 = sum over k, l of (x_k.x_l) (dz_k.dz_l) with
   // l <= k, counted as both halves. b: |x_k| |dz_k|, of which the sum over k
   // bounds every element of x^T dz and of what it is added up from. x and dz

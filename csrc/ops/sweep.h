@@ -112,14 +112,14 @@ class Gradients {
                 ForTile(
                     one, chunk - first_[i], tile.get(),
                     [&](int64_t begin, int64_t n) {
-                      std::vector<cpu::Beside> runs;
+                      std::vector<cpu::Span> read;
                       for (int input = i; input < inputs_->Resources();
                            input += inputs_->n) {
                         const tensorflow::Tensor& tensor = value(input);
                         const int size = DataTypeSize(tensor.dtype());
-                        runs.push_back({Data(tensor) + begin * size, n * size});
+                        read.push_back({Data(tensor) + begin * size, n * size});
                       }
-                      return runs;
+                      return read;
                     },
                     [&](int64_t begin, int64_t n, const char* grad) {
                       run(i, chunk, begin, n, grad);
@@ -182,7 +182,7 @@ class Gradients {
         std::min(shape.TileColumns(), shape.columns - column);
     const int64_t panel_bytes = shape.batch * ComputeBytes(one.dtype);
     const bool one_run = columns == shape.columns;
-    std::vector<cpu::Beside> beside;
+    std::vector<cpu::Span> beside;
     if (one_run) beside = find_beside(row * columns, rows * columns);
     one.kernels->product(Data(one.x) + row * panel_bytes,
                          Data(one.dz) + column * panel_bytes, shape.batch, rows,
