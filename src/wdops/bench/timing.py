@@ -9,6 +9,7 @@ import functools
 import gc
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -139,7 +140,10 @@ def stream_of(n: int, *passes: tuple[int, int]) -> Run:
 
     Where less than 8 MiB are read and written, in one thread. A pass is a call from Python, of some microseconds.
     """
-    arrays = [np.ones(n, np.float32) for _ in range(max(reads for reads, _ in passes))]
+    # NumPy asks for pages of 2 MiB, which TensorFlow does not: a stream of two arrays of 64 M took 9 % less time there.
+    arrays = [np.frombuffer(mmap.mmap(-1, 4 * n), np.float32) for _ in range(max(reads for reads, _ in passes))]
+    for array in arrays:
+        array.fill(1)
 
     def run(times: int) -> None:
         for _ in range(times):
