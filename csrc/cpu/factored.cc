@@ -65,8 +65,6 @@ inline V Fma(V a, V b, V c) {
 }
 #endif
 
-constexpr int64_t kLine = 64;
-
 // Starts to load a line into L2: L1 is full of what the product reads.
 WDOPS_FN void FetchLine(const char* line) { __builtin_prefetch(line, 0, 2); }
 
@@ -131,13 +129,8 @@ void Pack(const void* from, int64_t batch, int64_t n, int64_t panel, int width,
   }
 }
 
-// Part `k` of n of a span, in steps of so many bytes; nothing of it where
-// asking for memory is not worth it. On an EPYC a step from factors took up to
-// 8 % longer for it: the walk of page tables behind a request for another page
-// holds up the product for as long as the step is shorter for it; in pages of 2
-// MiB it would cost nothing.
+// Part `k` of n of a span, in steps of so many bytes.
 WDOPS_FN Span Part(const Span& span, int64_t k, int64_t n, int64_t step) {
-  if (!kAsksAhead) return {};
   const int64_t steps = Ceil(span.bytes, step);
   const int64_t first = steps * k / n;
   return {span.begin + first * step, (steps * (k + 1) / n - first) * step};
@@ -146,8 +139,12 @@ WDOPS_FN Span Part(const Span& span, int64_t k, int64_t n, int64_t step) {
 // Starts to load part `k` of n of a span: two lines of each KiB, behind which
 // the processor goes on by itself. On a Xeon a step from factors of 8 to 32
 // rows takes 8 % less time for it; all lines would hold up the product for
-// longer.
+// longer. On an EPYC (Zen 4) a step took up to 8 % longer: the walk of page
+// tables behind a request for another page holds up the product for as long as
+// the step is shorter for it. On one with 512 KiB of L2 (Zen 3) a step gained
+// nothing by any lines, all of them included, that could be told from noise.
 WDOPS_FN void FetchPart(const Span& span, int64_t k, int64_t n) {
+  if (!kAsksAhead) return;
   constexpr int64_t kStep = 1024;
   const Span part = Part(span, k, n, kStep);
   for (int64_t at = 0; at < part.bytes; at += kStep) {
@@ -163,18 +160,21 @@ void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
   constexpr int kColumns = Register<S>::kColumns;
   // So much of a panel of dz stays in L1 while all rows pass it, and meanwhile
   // as much of what comes next is asked for: a Xeon waited for its L3 in a long
-  // batch's product, for up to a fifth of it.
+  // batch's product for up to a fifth of it, an EPYC (Zen 3) for a tenth, if
+  // a panel was longer.
   constexpr int64_t kDepth = 128;
+  const bool asks = kAsksAhead || batch > kDepth;
   // Beside the larger tile of a longer batch, asking for more gains nothing.
   if (batch > 64) count = 0;
   const FloatMode mode;
   T* to = static_cast<T*>(tile);
   int64_t made = 0;
-  const int64_t tiles = rows / kHeight * (columns / kColumns);
+  const int64_t down = rows / kHeight;
+  const int64_t tiles = down * (columns / kColumns);
   for (int64_t c = 0; c < columns; c += kColumns) {
     const S* dz_panel = static_cast<const S*>(dz) + c * batch;
     const bool wide = std::is_same_v<S, T> && c + kColumns <= columns;
-    const int64_t whole_rows = wide ? rows / kHeight * kHeight : 0;
+    const int64_t whole_rows = wide ? down * kHeight : 0;
     if constexpr (std::is_same_v<S, T>) {
       for (int64_t k = 0; k == 0 || k < batch; k += kDepth) {
         const int64_t depth = std::min(kDepth, batch - k);
@@ -189,7 +189,7 @@ void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
           }
           RegisterTile(static_cast<const S*>(x) + r * batch + k * kHeight,
                        block, depth, k > 0, to + r * columns + c, columns,
-                       Part(ahead, r / kHeight, whole_rows / kHeight, kLine));
+                       asks ? Part(ahead, r / kHeight, down, kLine) : Span());
         }
       }
     }
