@@ -40,7 +40,7 @@ IN_ALL, SHORT_IN_ALL = 5_000_000, 100_000  # parameters, in however many tensors
 
 def cases(short: bool) -> dict[str, dict[int, Shapes]]:
     """The shapes for each number of what a plot has on its axis."""
-    of_tensors, n = ((1, 10, 50), SHORT_IN_ALL) if short else ((1, 10, 100, 1000, 5000), IN_ALL)
+    of_tensors, n = ((1, 5, 20), SHORT_IN_ALL) if short else ((1, 10, 100, 1000, 5000), IN_ALL)
     powers = range(3, 8, 2) if short else range(3, 10)
     return {
         "parameters": {10**k: [(10**k,)] for k in powers},

@@ -26,7 +26,7 @@ from wdops.bench.step import (
 )
 from wdops.bench.timing import MOST_TENSORS, STREAM, Run, Settings, Table, each_way, elements, in_turn, stream_of
 
-LAYERS, SHORT_LAYERS = (200, 1000), (10, 50)  # of a kernel and a bias each
+LAYERS, SHORT_LAYERS = (200, 1000), (5, 25)  # of a kernel and a bias each
 UNITS, BATCH = 64, 32
 WITHOUT = "forward and backward alone"
 
