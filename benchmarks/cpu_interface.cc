@@ -71,18 +71,14 @@ void ForTiles(const WdopsVariable& v, const Run& run, std::vector<Sums>* sums) {
   const FactoredKernels& kernels = (*wdops_cpu_kernels()->factored)[DTypeOf(v)];
   const int64_t compute_bytes =
       v.dtype == k_float64 ? sizeof(double) : sizeof(float);
-  const auto pack = [&](const void* from, int64_t n, int width) {
-    const int64_t panels = Ceil(n, width);
-    const int64_t panel_bytes = shape.batch * width * compute_bytes;
-    std::vector<char> to(panels * panel_bytes);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      kernels.pack(from, shape.batch, n, panel, width,
-                   to.data() + panel * panel_bytes);
-    }
+  const auto pack = [&](const void* from, int64_t n, const Packing& packing) {
+    const int64_t panels = Ceil(n, packing.width);
+    std::vector<char> to(panels * packing.width * shape.batch * compute_bytes);
+    packing.pack(from, shape.batch, n, 0, panels, to.data());
     return to;
   };
-  const std::vector<char> x = pack(v.x, shape.rows, kernels.x_width);
-  const std::vector<char> dz = pack(v.dz, shape.columns, kernels.dz_width);
+  const std::vector<char> x = pack(v.x, shape.rows, kernels.x);
+  const std::vector<char> dz = pack(v.dz, shape.columns, kernels.dz);
   const int64_t lane_bytes = shape.batch * compute_bytes;
   std::vector<char> tile(shape.TileRows() * shape.TileColumns() *
                          kDTypeBytes[v.dtype]);

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from wdops.bench.timing import STREAM, Table, gigabytes_per_second, milliseconds, ratio
+from wdops.bench.timing import STREAM, Table, gigabytes_per_second, milliseconds, onednn_in_words, ratio
 
 README = Path(__file__).parents[1] / "README.md"
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "x86-64"}
@@ -74,6 +74,7 @@ def paragraph(text: str) -> str:
 def machine(results: Results) -> str:
     facts = results.machine
     versions = [f"{name} {facts['versions'][key]}" for key, name in VERSIONS.items() if key in facts["versions"]]
+    versions[0] += onednn_in_words(facts)
     return paragraph(
         f"{facts['processor']} with {INSTRUCTION_SETS[facts['isa']]}, {facts['threads']} threads, "
         f"{', '.join(versions)}; medians of up to {results.settings['rounds']} rounds"

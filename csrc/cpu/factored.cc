@@ -70,10 +70,11 @@ WDOPS_FN void FetchLine(const char* line) { __builtin_prefetch(line, 0, 2); }
 
 // x [batch, kHeight] and dz [batch, kColumns]: x^T dz goes to `to`, whose rows
 // are `stride` elements apart, or is added to it. Meanwhile it starts to load
-// the first `batch` lines of `next` at most.
+// the first `lines` lines of `next`, `batch` at most.
 template <class S>
 void RegisterTile(const S* x, const S* dz, int64_t batch, bool add, S* to,
-                  int64_t stride, const Span& next) {
+                  int64_t stride, const char* next = nullptr,
+                  int64_t lines = 0) {
   using V = typename Register<S>::Vector;
   constexpr int kLength = Register<S>::kLength;
   V sums[kHeight][kWidth] = {};
@@ -86,8 +87,7 @@ void RegisterTile(const S* x, const S* dz, int64_t batch, bool add, S* to,
       }
     }
   }
-  for (int64_t k = 0; k < batch; ++k) {
-    if (k * kLine < next.bytes) FetchLine(next.begin + k * kLine);
+  const auto add_row = [&]() __attribute__((always_inline)) {
     V row[kWidth];
     for (int v = 0; v < kWidth; ++v) {
       row[v] = *reinterpret_cast<const V*>(dz + v * kLength);
@@ -102,7 +102,14 @@ void RegisterTile(const S* x, const S* dz, int64_t batch, bool add, S* to,
     }
     x += kHeight;
     dz += Register<S>::kColumns;
+  };
+  // A loop of its own: asking in every row, or not, took 3 to 6 % longer.
+  const int64_t asked = std::min(batch, lines);
+  for (int64_t k = 0; k < asked; ++k) {
+    FetchLine(next + k * kLine);
+    add_row();
   }
+  for (int64_t k = asked; k < batch; ++k) add_row();
 #pragma GCC unroll 8
   for (int r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 8
@@ -112,46 +119,75 @@ void RegisterTile(const S* x, const S* dz, int64_t batch, bool add, S* to,
   }
 }
 
-template <class T>
-void Pack(const void* from, int64_t batch, int64_t n, int64_t panel, int width,
-          void* to) {
+template <class T, int kPanel>
+void Pack(const void* from, int64_t batch, int64_t n, int64_t begin,
+          int64_t end, void* to) {
+  // Panel by panel, one of 6 columns reads parts of lines, and rows at a
+  // distance of a power of two are in each other's way: twice as long.
+  constexpr int64_t kTogether = 8;
   using S = Compute<T>;
   const FloatMode mode;
-  const int64_t begin = panel * width;
-  const int filled = std::min<int64_t>(width, n - begin);
-  const T* row = static_cast<const T*>(from) + begin;
-  S* packed = static_cast<S*>(to);
-  for (int64_t k = 0; k < batch; ++k) {
-    for (int i = 0; i < filled; ++i) packed[i] = Load(row[i]);
-    for (int i = filled; i < width; ++i) packed[i] = 0;
-    row += n;
-    packed += width;
+  for (; begin < end; begin += kTogether) {
+    const int64_t stop = std::min(begin + kTogether, end);
+    for (int64_t k = 0; k < batch; ++k) {
+      for (int64_t panel = begin; panel < stop; ++panel) {
+        const int64_t column = panel * kPanel;
+        const T* row = static_cast<const T*>(from) + k * n + column;
+        S* packed = static_cast<S*>(to) + column * batch + k * kPanel;
+        if (column + kPanel <= n) {
+          for (int i = 0; i < kPanel; ++i) packed[i] = Load(row[i]);
+        } else {
+          for (int i = 0; i < kPanel; ++i) {
+            packed[i] = column + i < n ? Load(row[i]) : S(0);
+          }
+        }
+      }
+    }
   }
 }
 
-// Part `k` of n of a span, in steps of so many bytes.
-WDOPS_FN Span Part(const Span& span, int64_t k, int64_t n, int64_t step) {
-  const int64_t steps = Ceil(span.bytes, step);
-  const int64_t first = steps * k / n;
-  return {span.begin + first * step, (steps * (k + 1) / n - first) * step};
-}
-
-// Starts to load part `k` of n of a span: two lines of each KiB, behind which
-// the processor goes on by itself. On a Xeon a step from factors of 8 to 32
-// rows takes 8 % less time for it; all lines would hold up the product for
-// longer. On an EPYC (Zen 4) a step took up to 8 % longer: the walk of page
-// tables behind a request for another page holds up the product for as long as
-// the step is shorter for it. On one with 512 KiB of L2 (Zen 3) a step gained
-// nothing by any lines, all of them included, that could be told from noise.
-WDOPS_FN void FetchPart(const Span& span, int64_t k, int64_t n) {
-  if (!kAsksAhead) return;
-  constexpr int64_t kStep = 1024;
-  const Span part = Part(span, k, n, kStep);
-  for (int64_t at = 0; at < part.bytes; at += kStep) {
-    FetchLine(part.begin + at);
-    FetchLine(part.begin + at + kLine);
+// Starts to load what is swept behind a product, part by part while it is made:
+// some lines of each KiB, behind which the processor goes on by itself. On a
+// Xeon it takes two to set it going, and a step from factors of 8 to 32 rows is
+// 8 % shorter for them. On an EPYC (Zen 3) two cost as much as they gain, and
+// one makes a step of 8 to 128 rows 4 to 9 % shorter, if one span is asked for
+// behind the other: of a line of each in turn nothing was left. All lines would
+// hold up the product for longer.
+class Asks {
+ public:
+  // In `parts` parts.
+  Asks(const Span* spans, int count, int64_t parts)
+      : next_(spans), end_(spans + count), parts_(parts) {
+    for (const Span* span = next_; span != end_; ++span) {
+      steps_ += Ceil(span->bytes, kStep);
+    }
   }
-}
+
+  WDOPS_FN void AskForPart() {
+    for (due_ += steps_; due_ >= parts_; due_ -= parts_) {
+      while (left_ <= 0) {
+        if (next_ == end_) return;
+        at_ = next_->begin;
+        left_ = next_->bytes;
+        ++next_;
+      }
+      FetchLine(at_);
+      if (kAsksAhead) FetchLine(at_ + kLine);
+      at_ += kStep;
+      left_ -= kStep;
+    }
+  }
+
+ private:
+  static constexpr int64_t kStep = 1024;  // bytes
+  const Span* next_;
+  const Span* const end_;
+  const int64_t parts_;
+  int64_t steps_ = 0;  // in all
+  int64_t due_ = 0;    // steps, in parts_ths of one
+  const char* at_ = nullptr;
+  int64_t left_ = 0;  // bytes of the span, at and behind `at_`
+};
 
 template <class T>
 void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
@@ -164,13 +200,10 @@ void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
   // a panel was longer.
   constexpr int64_t kDepth = 128;
   const bool asks = kAsksAhead || batch > kDepth;
-  // Beside the larger tile of a longer batch, asking for more gains nothing.
-  if (batch > 64) count = 0;
   const FloatMode mode;
   T* to = static_cast<T*>(tile);
-  int64_t made = 0;
   const int64_t down = rows / kHeight;
-  const int64_t tiles = down * (columns / kColumns);
+  Asks beside_it(beside, count, down * (columns / kColumns));
   for (int64_t c = 0; c < columns; c += kColumns) {
     const S* dz_panel = static_cast<const S*>(dz) + c * batch;
     const bool wide = std::is_same_v<S, T> && c + kColumns <= columns;
@@ -178,25 +211,24 @@ void Product(const void* x, const void* dz, int64_t batch, int64_t rows,
     if constexpr (std::is_same_v<S, T>) {
       for (int64_t k = 0; k == 0 || k < batch; k += kDepth) {
         const int64_t depth = std::min(kDepth, batch - k);
+        const int64_t bytes = depth * kColumns * int64_t{sizeof(S)};
+        const int64_t lines = asks && down > 0 ? Ceil(bytes, down * kLine) : 0;
         const S* block = dz_panel + k * kColumns;
-        const S* next = block + depth * kColumns;
-        const Span ahead = {reinterpret_cast<const char*>(next),
-                            (next - block) * int64_t{sizeof(S)}};
+        const char* next =
+            reinterpret_cast<const char*>(block + depth * kColumns);
         for (int64_t r = 0; r < whole_rows; r += kHeight) {
-          if (k == 0) {
-            for (int i = 0; i < count; ++i) FetchPart(beside[i], made, tiles);
-            ++made;
-          }
+          if (k == 0) beside_it.AskForPart();
           RegisterTile(static_cast<const S*>(x) + r * batch + k * kHeight,
-                       block, depth, k > 0, to + r * columns + c, columns,
-                       asks ? Part(ahead, r / kHeight, down, kLine) : Span());
+                       block, depth, k > 0, to + r * columns + c, columns, next,
+                       lines);
+          next += lines * kLine;
         }
       }
     }
     for (int64_t r = whole_rows; r < rows; r += kHeight) {
       S part[kHeight * kColumns];
       RegisterTile(static_cast<const S*>(x) + r * batch, dz_panel, batch, false,
-                   part, kColumns, {});
+                   part, kColumns);
       const int64_t height = std::min<int64_t>(kHeight, rows - r);
       const int64_t width = std::min<int64_t>(kColumns, columns - c);
       for (int64_t i = 0; i < height; ++i) {
@@ -242,8 +274,11 @@ Sums Gram(const void* x_data, const void* dz_data, const Factored& shape,
 }  // namespace
 
 const std::array<FactoredKernels, kDTypeCount> kFactoredKernels = {{
-#define DTYPE(name, Type)                                                   \
-  {kHeight, Register<Compute<Type>>::kColumns, &Pack<Type>, &Product<Type>, \
+#define DTYPE(name, Type)                            \
+  {{kHeight, &Pack<Type, kHeight>},                  \
+   {Register<Compute<Type>>::kColumns,               \
+    &Pack<Type, Register<Compute<Type>>::kColumns>}, \
+   &Product<Type>,                                   \
    &Gram<Type>},
 #include "rules/dtypes.inc"
 }};

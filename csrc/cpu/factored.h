@@ -42,15 +42,20 @@ struct Span {
   int64_t bytes = 0;
 };
 
+// How a factor is laid out for the products: in panels of so many columns, each
+// [batch, width] and one behind the other.
+struct Packing {
+  int width;
+  // Panels [begin, end) of `from` [batch, n], into the pack that begins at
+  // `to`, with zeros behind n.
+  void (*pack)(const void* from, int64_t batch, int64_t n, int64_t begin,
+               int64_t end, void* to);
+};
+
 // Everything is of one dtype in memory and of its Compute in a pack.
 struct FactoredKernels {
-  // How many columns of x, and of dz, a panel of a pack has. They divide
-  // kRowStep and kColumnStep.
-  int x_width, dz_width;
-  // Panel `panel` of `from` [batch, n]: `to` [batch, width], with zeros behind
-  // n.
-  void (*pack)(const void* from, int64_t batch, int64_t n, int64_t panel,
-               int width, void* to);
+  // Their widths divide kRowStep and kColumnStep.
+  Packing x, dz;
   // Writes a tile [rows, columns] of x^T dz, added up over the batch in its
   // order. x and dz: the packed panels where the tile begins. Of 32 and 64 bits
   // it meanwhile starts to load what is read with the tile: `beside`, `count`

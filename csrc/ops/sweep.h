@@ -61,8 +61,8 @@ class Gradients {
       one.shape = ShapeOf(grad, dz);
       one.n = one.shape.rows * one.shape.columns;
       one.kernels = &(*kernels.factored)[one.dtype];
-      TF_RETURN_IF_ERROR(Pack(ctx, one, grad, one.kernels->x_width, &one.x));
-      TF_RETURN_IF_ERROR(Pack(ctx, one, dz, one.kernels->dz_width, &one.dz));
+      TF_RETURN_IF_ERROR(Pack(ctx, one, grad, one.kernels->x, &one.x));
+      TF_RETURN_IF_ERROR(Pack(ctx, one, dz, one.kernels->dz, &one.dz));
       bytes_ += one.n * kDTypeBytes[one.dtype];
       // A core adds 32 products a cycle, and moves 16 bytes.
       product_bytes_ += one.n * one.shape.batch / 2;
@@ -151,21 +151,18 @@ class Gradients {
   }
 
   static absl::Status Pack(tensorflow::OpKernelContext* ctx, const One& one,
-                           const tensorflow::Tensor& factor, int width,
+                           const tensorflow::Tensor& factor,
+                           const cpu::Packing& packing,
                            tensorflow::Tensor* packed) {
     const int64_t batch = factor.dim_size(0), n = factor.dim_size(1);
-    const int64_t panels = Ceil(n, width);
-    const int64_t panel_bytes = batch * width * ComputeBytes(one.dtype);
+    const int64_t panels = Ceil(n, packing.width);
+    const int64_t bytes =
+        panels * packing.width * batch * ComputeBytes(one.dtype);
     TF_RETURN_IF_ERROR(ctx->allocate_temp(
-        tensorflow::DT_UINT8, tensorflow::TensorShape({panels * panel_bytes}),
-        packed));
-    Share(ctx, panels, 2 * panels * panel_bytes,
-          [&](int64_t panel, int64_t end) {
-            for (; panel < end; ++panel) {
-              one.kernels->pack(Data(factor), batch, n, panel, width,
-                                Data(*packed) + panel * panel_bytes);
-            }
-          });
+        tensorflow::DT_UINT8, tensorflow::TensorShape({bytes}), packed));
+    Share(ctx, panels, 2 * bytes, [&](int64_t begin, int64_t end) {
+      packing.pack(Data(factor), batch, n, begin, end, Data(*packed));
+    });
     return absl::OkStatus();
   }
 

@@ -129,7 +129,8 @@ def run(
     facts = new["machine"]
     console.print(
         f"{facts['processor']}, {facts['threads']} threads, {facts['isa']}, "
-        f"TensorFlow {facts['versions']['tensorflow']}; medians of up to {settings.rounds} rounds\n"
+        f"TensorFlow {facts['versions']['tensorflow']}{timing.onednn_in_words(facts)}; "
+        f"medians of up to {settings.rounds} rounds\n"
     )
     columns = (
         SpinnerColumn(),

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.util import _pywrap_util_port  # private: whether oneDNN is on
 
 from wdops import build_info, isa
 from wdops._load import native
@@ -346,6 +347,12 @@ def _processor() -> str:
     return platform.processor()
 
 
+def onednn_in_words(facts: dict[str, Any]) -> str:
+    """Behind the version of TensorFlow; nothing where it is not known."""
+    known = facts.get("oneDNN")
+    return "" if known is None else f" with oneDNN {'on' if known else 'off'}"
+
+
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
     versions = {}
@@ -360,6 +367,7 @@ def machine() -> dict[str, Any]:
         "isa": isa.active(),
         "caches": caches(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "oneDNN": _pywrap_util_port.IsMklEnabled(),
         "versions": versions | {"tensorflow": tf.__version__, "python": platform.python_version()},
         "build": build_info(),
     }
