@@ -65,6 +65,16 @@ inline V Fma(V a, V b, V c) {
 }
 #endif
 
+// Keeps a vector where it is until here: GCC puts the last sums in place of
+// what they are the last to read, and moves them back in every turn of the
+// loop.
+template <class V>
+inline void KeepInRegister(const V& vector) {
+#if defined(__AVX__)
+  asm("" ::"v"(vector));
+#endif
+}
+
 // Starts to load a line into L2: L1 is full of what the product reads.
 WDOPS_FN void FetchLine(const char* line) { __builtin_prefetch(line, 0, 2); }
 
@@ -87,6 +97,9 @@ void RegisterTile(const S* x, const S* dz, int64_t batch, bool add, S* to,
       }
     }
   }
+  // Every instruction of this loop counts where two threads share a core, as in
+  // most virtual machines: 23 of them for 12 products, where there were 28,
+  // took 7 to 30 % less time beside a busy neighbour, and 0 to 3 % beside none.
   const auto add_row = [&]() __attribute__((always_inline)) {
     V row[kWidth];
     for (int v = 0; v < kWidth; ++v) {
@@ -100,16 +113,18 @@ void RegisterTile(const S* x, const S* dz, int64_t batch, bool add, S* to,
         sums[r][v] = Fma(x[r] - V{}, row[v], sums[r][v]);
       }
     }
+    for (const V& vector : row) KeepInRegister(vector);
     x += kHeight;
     dz += Register<S>::kColumns;
   };
-  // A loop of its own: asking in every row, or not, took 3 to 6 % longer.
-  const int64_t asked = std::min(batch, lines);
-  for (int64_t k = 0; k < asked; ++k) {
-    FetchLine(next + k * kLine);
+  const S* const end = dz + batch * Register<S>::kColumns;
+  const S* const asked = dz + std::min(batch, lines) * Register<S>::kColumns;
+  for (; dz != asked; next += kLine) {
+    FetchLine(next);
     add_row();
   }
-  for (int64_t k = asked; k < batch; ++k) add_row();
+#pragma GCC unroll 2
+  while (dz != end) add_row();
 #pragma GCC unroll 8
   for (int r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 8
