@@ -160,7 +160,9 @@ class Gradients {
         panels * packing.width * batch * ComputeBytes(one.dtype);
     TF_RETURN_IF_ERROR(ctx->allocate_temp(
         tensorflow::DT_UINT8, tensorflow::TensorShape({bytes}), packed));
-    Share(ctx, panels, 2 * bytes, [&](int64_t begin, int64_t end) {
+    // What it writes is in no cache: four times the time of as many bytes
+    // there.
+    Share(ctx, panels, 4 * 2 * bytes, [&](int64_t begin, int64_t end) {
       packing.pack(Data(factor), batch, n, begin, end, Data(*packed));
     });
     return absl::OkStatus();
