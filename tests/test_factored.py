@@ -181,6 +181,45 @@ def test_a_norm_that_cancels_is_exact():
     np.testing.assert_allclose(wdops.ops.norms(FactoredGradient(x, dz)).norm.numpy(), [want], rtol=1e-7)
 
 
+@pytest.mark.parametrize("exponent", [4, 12, 20, 28, 36])
+def test_a_norm_of_float64_that_cancels_is_exact(exponent):
+    """As far as the elements are: of the sum over pairs of rows, half of the digits would be left, or none."""
+    x, dz = factors("float64", 2, 60, 60)
+    x[1], dz[1] = x[0], -dz[0] * (1 + 2.0**-exponent)
+    want = np.linalg.norm(x[0]) * np.linalg.norm(dz[0] + dz[1])
+    got = wdops.ops.norms(FactoredGradient(x, dz)).norm.numpy()
+    np.testing.assert_allclose(got, [want], rtol=2.0 ** (exponent - 52) + 2.0**-40)
+
+
+def test_a_norm_of_float64_sees_factors_whose_squares_underflow():
+    x, dz = np.full((2, 40), 1e-170), np.full((2, 40), 1e150)
+    x[1], dz[1] = 1e-12, 1e-12
+    want = np.linalg.norm(x.T @ dz)
+    np.testing.assert_allclose(wdops.ops.norms(FactoredGradient(x, dz)).norm.numpy(), [want], rtol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1e39, 1e-39, -1e39, 0.0])
+def test_a_scale_that_no_float_holds_is_measured_as_the_step_takes_it(scale):
+    x, dz = (np.full((1, 40), 1e-3, "f4") for _ in range(2))
+    got, dense = (wdops.ops.norms(g, grad_scale=scale) for g in (FactoredGradient(x, dz), tf.constant(x.T @ dz)))
+    np.testing.assert_array_equal(got.norm, dense.norm)
+    assert got.finite.numpy() == dense.finite.numpy() == (abs(scale) < 1)
+
+
+def test_an_empty_vector_for_dz_is_refused_where_its_rank_is_not_known():
+    p = tf.Variable(tf.ones([3, 3]))
+
+    @tf.function(input_signature=[tf.TensorSpec(None)])
+    def step(dz):
+        wdops.ops.apply_sgd(p, FactoredGradient(tf.ones([3, 3]), dz), lr=0.1)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"\[0\]"):
+        step(tf.zeros([0]))
+    assert (p.numpy() == 1).all()
+    step(tf.ones([3, 3]))
+    assert (p.numpy() != 1).all()
+
+
 @pytest.mark.parametrize(
     ("dtype", "value", "finite"),
     [
@@ -213,8 +252,9 @@ def test_finite_says_what_the_elements_are(isa, dtype, value, finite, penalized)
         (np.ones((2, 3), "f4"), np.ones((2, 4), "f8"), r"grad\[0\].*dz has dtype double"),
         (np.ones((2, 3), "f8"), np.ones((2, 4), "f8"), r"grad\[0\] has dtype double"),
         (np.ones((2, 3), "f4"), np.ones(4, "f4"), r"grad\[0\]"),
+        (np.ones((3, 4), "f4"), np.ones(0, "f4"), r"grad\[0\].*\(3, 4\).*\(0,\)"),
     ],
-    ids=["batch", "rows", "columns", "rank", "dz dtype", "dtype", "vector"],
+    ids=["batch", "rows", "columns", "rank", "dz dtype", "dtype", "vector", "empty vector"],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_factors_that_do_not_fit_are_refused(mode, x, dz, message):
@@ -625,9 +665,14 @@ def test_what_is_computed_from_factors_is_computed_from_the_gradient():
     for got, want in [
         (2 * grad, 2 * whole), (grad * 2.0, 2 * whole), (grad + whole, 2 * whole), (grad + grad, 2 * whole),
         (1 - grad, 1 - whole), (grad / 3, whole / 3), (-grad, -whole), (abs(grad), abs(whole)), (grad**2, whole**2),
-        (np.asarray(grad), whole), (tf.norm(grad), np.linalg.norm(whole)),
+        (1 / grad, 1 / whole), (grad // 2, whole // 2), (1 // grad, 1 // whole), (grad % 2, whole % 2),
+        (2 % grad, 2 % whole), (2**grad, 2**whole), (grad @ whole.T, whole @ whole.T),
+        (tf.transpose(whole) @ grad, whole.T @ whole), (grad > 0, whole > 0), (grad >= 1, whole >= 1),
+        (grad < 0, whole < 0), (grad <= 1, whole <= 1),
+        (grad[1], whole[1]), (grad[:, 2:], whole[:, 2:]), (len(grad), 3), (list(grad), list(whole)), (grad.ndim, 2),
+        (grad.get_shape(), whole.shape), (np.asarray(grad), whole), (tf.norm(grad), np.linalg.norm(whole)),
     ]:  # fmt: skip
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_product_that_fits_a_narrow_dtype_is_not_made_of_factors_that_do_not():

@@ -266,23 +266,32 @@ double Dot(const T* a, const T* b, int64_t n) {
       .a;
 }
 
+// |a|^2, or NaN where it is lost because squares of doubles underflow.
+template <class T>
+double SquaredNorm(const T* a, int64_t n) {
+  const double square = Dot(a, a, n);
+  if constexpr (std::is_same_v<T, double>) {
+    const auto is_set = [](double x) { return x != 0; };
+    if (square < 0x1p-960 && std::any_of(a, a + n, is_set)) return NAN;
+  }
+  return square;
+}
+
 template <class T>
 Sums Gram(const void* x_data, const void* dz_data, const Factored& shape,
           int64_t k) {
   const FloatMode mode;
   const T* x = static_cast<const T*>(x_data);
   const T* dz = static_cast<const T*>(dz_data);
-  const auto dots = [&](int64_t l) {
-    return std::pair(
-        Dot(x + k * shape.rows, x + l * shape.rows, shape.rows),
-        Dot(dz + k * shape.columns, dz + l * shape.columns, shape.columns));
-  };
-  const auto [x_square, dz_square] = dots(k);
+  const T* x_k = x + k * shape.rows;
+  const T* dz_k = dz + k * shape.columns;
+  const double x_square = SquaredNorm(x_k, shape.rows);
+  const double dz_square = SquaredNorm(dz_k, shape.columns);
   Sums sums = {x_square * dz_square,
                std::sqrt(x_square) * std::sqrt(dz_square)};
   for (int64_t l = 0; l < k; ++l) {
-    const auto [x_dot, dz_dot] = dots(l);
-    sums.a += 2 * x_dot * dz_dot;
+    sums.a += 2 * Dot(x_k, x + l * shape.rows, shape.rows) *
+              Dot(dz_k, dz + l * shape.columns, shape.columns);
   }
   return sums;
 }

@@ -64,8 +64,8 @@ struct FactoredKernels {
                   int64_t columns, void* tile, const Span* beside, int count);
   // a: the part of |x^T dz|^2 = sum over k, l of (x_k.x_l) (dz_k.dz_l) with
   // l <= k, counted as both halves. b: |x_k| |dz_k|, of which the sum over k
-  // bounds every element of x^T dz and of what it is added up from. x and dz
-  // are as in memory.
+  // bounds every element of x^T dz and of what it is added up from, or NaN
+  // where it underflows. x and dz are as in memory.
   Sums (*gram)(const void* x, const void* dz, const Factored&, int64_t k);
 };
 

@@ -293,8 +293,9 @@ Sums GradientSums(const void* step_bytes, const Chunk& chunk, bool penalty) {
       };
       return AddUp(chunk.n, terms, a.grad, read...);
     };
-    if (penalty && gradient.l1 != 0) return beside(absolute, square);
-    if (penalty && gradient.l2_slope != 0) return beside(none, square);
+    if (!penalty || !chunk.param) return beside(none, none);
+    if (gradient.l1 != 0) return beside(absolute, square);
+    if (gradient.l2_slope != 0) return beside(none, square);
     return beside(none, none);
   };
   const auto with_penalty = [&](const auto& mean, const auto*... read) {
@@ -313,7 +314,6 @@ Sums GradientSums(const void* step_bytes, const Chunk& chunk, bool penalty) {
     return chunk.accumulator ? with_penalty(mean, a.accumulator)
                              : with_penalty(scaled);
   }
-  penalty = false;
   return chunk.accumulator ? add_up(mean, a.accumulator) : add_up(scaled);
 }
 

@@ -99,9 +99,13 @@ class NormsCpu : public NormsOp {
       const double scale =
           std::abs(hyper[kAccumulationScale] * hyper[kGradScale]);
       // Where nothing can overflow, all is finite. Otherwise it takes the
-      // elements to tell.
-      if (sum.b * std::max(1.0, scale) < kSafe[dtype]) {
-        squares[i] = std::max(0.0, sum.a) * scale * scale;
+      // elements to tell; and so it does where the rows of the batch cancel, or
+      // the step's scale is no normal number.
+      const bool safe =
+          std::max(1.0, sum.b) * std::max(1.0, scale) < kSafe[dtype] &&
+          scale >= 0x1p-126;
+      if (safe && sum.a >= kLeastShare[dtype] * sum.b * sum.b) {
+        squares[i] = sum.a * scale * scale;
       }
     }
     return squares;
@@ -109,6 +113,10 @@ class NormsCpu : public NormsOp {
 
   // Half of what overflows; of a double, what has a square.
   static constexpr double kSafe[] = {0x1p127, 0x1p500, 0x1p127, 0x1p15};
+  // Of the square of what bounds the norm. The sum over pairs of rows is off by
+  // some 2^-53 of that: a norm of float64 loses 12 of its bits at most; of less
+  // bits, it keeps more than the elements would, until it loses all.
+  static constexpr double kLeastShare[] = {0x1p-44, 0x1p-12, 0x1p-44, 0x1p-44};
   static_assert(k_float32 == 0 && k_float64 == 1 && k_bfloat16 == 2 &&
                 k_float16 == 3);
 };
