@@ -529,6 +529,10 @@ BAD_CALLS = {
         replace("m", 2, lambda: tf.Variable(tf.zeros(4, tf.float64))),
         r"m\[2\] has dtype double, but var\[2\] has dtype float",
     ),
+    "a slot of another dtype than the first": (
+        replace("v", 1, lambda: tf.Variable(tf.zeros(4, tf.bfloat16))),
+        r"v\[1\] has dtype bfloat16, but m\[1\] has dtype float",
+    ),
     "a gradient of another shape": (
         replace("grad", 1, lambda: tf.zeros([2, 2])),
         r"grad\[1\] has shape \[2,2\], but var\[1\] has shape \[4\]",

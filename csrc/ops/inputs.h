@@ -213,10 +213,14 @@ absl::Status CheckTensors(const Inputs& inputs, const SpecOf& spec_of) {
                           FromTensorFlow(other.dtype)) < kLayoutCount;
       }
       if (known && !fits) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            inputs.Name(input), " has dtype ",
-            tensorflow::DataTypeString(other.dtype), ", but ", inputs.Name(i),
-            " has dtype ", tensorflow::DataTypeString(var.dtype)));
+        const bool unlike_first =
+            slot && other.dtype != spec_of(inputs.At(1, i)).dtype;
+        const int beside = unlike_first ? inputs.At(1, i) : i;
+        return absl::InvalidArgumentError(
+            absl::StrCat(inputs.Name(input), " has dtype ",
+                         tensorflow::DataTypeString(other.dtype), ", but ",
+                         inputs.Name(beside), " has dtype ",
+                         tensorflow::DataTypeString(spec_of(beside).dtype)));
       }
       const int factor = input == inputs.Grad(i) ? inputs.factor[i] : -1;
       if (factor >= 0 && !IsNoFactor(spec_of(factor).shape)) {
