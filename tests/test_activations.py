@@ -342,6 +342,20 @@ def test_relu_of_an_infinite_gradient_is_0_where_it_is_off():
     np.testing.assert_array_equal(grad, [0, np.inf])
 
 
+@pytest.mark.parametrize(("dtype", "alpha"), [("float32", 1e-40), ("bfloat16", 1e-40), ("float64", 1e-310)])
+@pytest.mark.parametrize("activation", ["elu", "leaky_relu"])
+def test_an_alpha_that_is_subnormal_counts_as_0(dtype, alpha, activation):
+    x = tf.constant([-np.inf, -1, -0.0, 2, np.nan], dtype)
+    got, zero = (wide(getattr(ops, activation)(x, alpha=a)) for a in (alpha, 0.0))
+    np.testing.assert_array_equal(got, zero)
+    np.testing.assert_array_equal(got, [0, 0, 0, 2, np.nan])
+
+
+def test_a_large_alpha_is_finite_where_the_dtype_holds_it():
+    x = tf.constant([-1.0, 0, 2], tf.float64)
+    np.testing.assert_array_equal(ops.leaky_relu(x, alpha=1e300), [-1e300, 0, 2])
+
+
 # ---- what is refused
 
 
@@ -352,11 +366,13 @@ def test_relu_of_an_infinite_gradient_is_0_where_it_is_off():
         (lambda: ops.leaky_relu([1.0], alpha=-1), r"alpha is -1, but must not be negative"),
         (lambda: ops.elu([1.0], alpha=float("nan")), "alpha must be a finite Python number, but is nan"),
         (lambda: ops.elu([1.0], alpha=tf.constant(1.0)), "alpha must be a finite Python number"),
+        (lambda: ops.elu([1.0], alpha=1e39), r"alpha is 1e\+39, but must be at most 3\.40\d*e\+38 beside .* float32"),
+        (lambda: ops.leaky_relu([1.0], alpha=10**400), r"alpha is 10{400}, but must be at most 3\.40"),
         (lambda: ops.relu(tf.constant([1, 2])), r"x has dtype int32, but must have one of \['float32'"),
         (lambda: ops.relu([1.0], tf.constant([1.0], tf.float64)), "bias has dtype float64, but x has dtype float32"),
         (lambda: ops.relu([1.0], [1.0], data_format="NWC"), "data_format is 'NWC', but must be 'NHWC' or 'NCHW'"),
     ],
-    ids=["elu", "leaky_relu", "nan", "tensor", "integers", "dtypes", "data_format"],
+    ids=["elu", "leaky_relu", "nan", "tensor", "large", "huge", "integers", "dtypes", "data_format"],
 )
 def test_a_wrong_argument_is_named(call, message):
     with pytest.raises(ValueError, match=message):

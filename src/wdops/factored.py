@@ -77,6 +77,13 @@ class FactoredGradient(tf.IndexedSlices):
     def shape(self) -> tf.TensorShape:
         return self.x.shape[1:].concatenate(self.dz.shape[1:])
 
+    def get_shape(self) -> tf.TensorShape:
+        return self.shape
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
     @property
     def dtype(self) -> tf.DType:
         return self.x.dtype
@@ -120,7 +127,10 @@ def _by_values(operator: str) -> Any:
 
 
 # What is computed from it is computed from the gradient.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "pow", "neg", "abs"):
+for _name in (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod"),
+    *("pow", "rpow", "matmul", "rmatmul", "neg", "abs", "lt", "le", "gt", "ge", "getitem", "len", "iter"),
+):
     setattr(FactoredGradient, f"__{_name}__", _by_values(f"__{_name}__"))
 
 

@@ -49,13 +49,25 @@ def _gradient(i: int, grad: Any) -> tf.Tensor:
 
 def _gradients(grads: list[Any]) -> dict[str, Any]:
     """The inputs of an op that are gradients. Of factors, x stands with the gradients and dz behind them."""
-    pairs = {i: (g.x, g.dz) for i, g in enumerate(grads) if isinstance(g, FactoredGradient)}
+    pairs = {i: (g.x, _dz(i, g)) for i, g in enumerate(grads) if isinstance(g, FactoredGradient)}
     pairs |= {i: g for i, g in enumerate(grads) if isinstance(g, tuple)}
     return {
         "grad": [_gradient(i, pairs[i][0] if i in pairs else g) for i, g in enumerate(grads)],
         "factor": [_gradient(i, pairs[i][1]) for i in pairs],
         "factored": list(pairs),
     }
+
+
+def _dz(i: int, grad: FactoredGradient) -> tf.Tensor:
+    """Surely a matrix: an empty vector would tell the op that x is the gradient."""
+    if grad.dz.shape.rank is None:
+        return tf.ensure_shape(grad.dz, [None, None])
+    if grad.dz.shape.rank != 2:
+        raise ValueError(
+            f"grad[{i}]: x has shape {grad.x.shape} and dz has shape {grad.dz.shape}, but they must be [batch, rows] "
+            "and [batch, columns]"
+        )
+    return grad.dz
 
 
 def _known_values(value: Any) -> np.ndarray:
@@ -194,22 +206,28 @@ def _activate(op: Callable[..., Any], x: Any, bias: Any, data_format: str, name:
     return op(x, biases, *(tf.constant(h, tf.float64) for h in hypers), data_format=data_format, name=name)
 
 
-def _check_alpha(alpha: Any) -> float:
-    if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+def _check_alpha(alpha: Any, dtype: tf.DType) -> float:
+    """`alpha` as a float, and as 0 where it is subnormal in what `dtype` is computed in."""
+    limits = np.finfo(np.float64 if dtype == tf.float64 else np.float32)
+    if not isinstance(alpha, numbers.Real) or alpha != alpha or alpha in (math.inf, -math.inf):
         raise ValueError(f"alpha must be a finite Python number, but is {alpha!r}")
     if alpha < 0:
         raise ValueError(
             f"alpha is {alpha}, but must not be negative: the gradient is made from the output, which then does not "
             "tell the sign of the input"
         )
-    return float(alpha)
+    if alpha > float(limits.max):
+        raise ValueError(f"alpha is {alpha}, but must be at most {limits.max} beside an x of {dtype.name}")
+    return float(alpha) if alpha >= float(limits.tiny) else 0.0
 
 
 @as_it_is
 def elu(
     x: Any, bias: Any = None, alpha: float = 1.0, *, data_format: str = "NHWC", name: str | None = None
 ) -> tf.Tensor:
-    if _check_alpha(alpha) == 0:
+    x = _float_tensor("x", x)
+    alpha = _check_alpha(alpha, x.dtype)
+    if alpha == 0:
         return relu(x, bias, data_format=data_format, name=name)
     return _activate(raw_ops.wdops_elu, x, bias, data_format, name, alpha, 1.0)
 
@@ -223,7 +241,9 @@ def relu(x: Any, bias: Any = None, *, data_format: str = "NHWC", name: str | Non
 def leaky_relu(
     x: Any, bias: Any = None, alpha: float = 0.2, *, data_format: str = "NHWC", name: str | None = None
 ) -> tf.Tensor:
-    if _check_alpha(alpha) == 0:  # 0 times infinity is not what is meant
+    x = _float_tensor("x", x)
+    alpha = _check_alpha(alpha, x.dtype)
+    if alpha == 0:  # 0 times infinity is not what is meant
         return relu(x, bias, data_format=data_format, name=name)
     return _activate(raw_ops.wdops_leaky_relu, x, bias, data_format, name, alpha)
 

@@ -891,9 +891,11 @@ _ACTIVATION_DOC = """
         x_grad = grad * f'(z) = grad * ({derivative})
         bias_grad = the sum of x_grad over all axes but that of the channels
 
-    At z = 0 the slope is that of negative z{at_zero}. Gradients of gradients are right, too. NaN propagates. Sums are
-    made in double over a fixed tree: the same bits for every number of threads and every instruction set. float16,
-    bfloat16 and float32 are computed in float32, float64 in float64; subnormal floats count as 0.
+    At z = 0 the slope is that of negative z{at_zero}. Gradients of gradients are right, too. NaN propagates, but where
+    the slope is 0 so is x_grad, whatever grad is; TensorFlow makes NaN of NaN and infinity there. Sums are made in
+    double over a fixed tree: the same bits for every number of threads and every instruction set. float16, bfloat16 and
+    float32 are computed in float32, float64 in float64; subnormal floats count as 0, or under `jit_compile=True` as
+    what they are.
 
     Args:
       x: a tensor of dtype float32, float64, bfloat16 or float16, of any shape.
@@ -908,7 +910,8 @@ _ACTIVATION_DOC = """
       ValueError, tf.errors.InvalidArgumentError: x is no float, the bias has another dtype or length{raises}.
 """
 _ALPHA_DOC = """
-      alpha: a number, not negative: else the sign of the output would no longer be that of z. Default {default}."""
+      alpha: a number, not negative: else the sign of the output would no longer be that of z. One that is subnormal in
+        what x is computed in counts as 0. Default {default}."""
 
 
 def _activation(derivative: str, at_zero: str = "", alpha: float | None = None) -> Callable[..., Any]:
@@ -919,7 +922,7 @@ def _activation(derivative: str, at_zero: str = "", alpha: float | None = None) 
             derivative=derivative,
             at_zero=at_zero,
             alpha="" if alpha is None else _ALPHA_DOC.format(default=alpha),
-            raises="" if alpha is None else ", alpha is negative or not a finite number",
+            raises="" if alpha is None else ", alpha is negative or not finite in what x is computed in",
         )
         return activate
 
