@@ -114,15 +114,33 @@ def test_lora_and_layers_of_another_dtype_go_the_way_of_keras():
     assert other(x).dtype == "float16"
 
 
+@pytest.mark.parametrize("alpha", [tf.constant(0.5), tf.Variable(0.5), 1e39], ids=["tensor", "variable", "no float"])
+def test_an_alpha_that_no_op_takes_goes_the_way_of_keras(alpha):
+    theirs, ours = (
+        c(4, activation=keras.layers.ELU(alpha), kernel_initializer="ones") for c in (keras.layers.Dense, layers.Dense)
+    )
+    np.testing.assert_array_equal(ours(np.ones((2, 3), "f4")), theirs(np.ones((2, 3), "f4")))
+
+
+@pytest.mark.parametrize("mode", ["gptq", "awq"])
+def test_a_quantization_that_has_no_kernel_is_built_as_by_keras(mode):
+    names = []
+    for dense in (keras.layers.Dense, layers.Dense):
+        layer = dense(4, dtype=f"{mode}/4/8_from_float32")
+        layer.build((None, 8))
+        names.append([(v.name, v.shape) for v in layer.variables])
+    assert names[0] == names[1]
+    assert names[0]
+
+
 @activations
 def test_the_config_is_that_of_keras(activation):
     theirs, ours = pair(activation=activation, kernel_regularizer="l2", bias_constraint="non_neg", name="dense")
     config = ours.get_config()
     copy = layers.Dense.from_config(config)
     assert copy.get_config() == config
-    if activation != "ELU":  # Keras leaves out its alpha
-        names = {name: value for name, value in config.items() if name != "activation"}
-        assert names == {name: value for name, value in theirs.get_config().items() if name != "activation"}
+    names = {name: value for name, value in config.items() if name != "activation"}
+    assert names == {name: value for name, value in theirs.get_config().items() if name != "activation"}
     copy.build((None, 5))
     copy.set_weights(ours.get_weights())
     np.testing.assert_array_equal(copy(inputs(3, 5)), ours(inputs(3, 5)))
@@ -292,6 +310,56 @@ def test_a_converted_model_trains_as_before():
     converted = wdops.convert(model).model
     fits = [m.fit(inputs(64, 5), inputs(64, 1), epochs=2, shuffle=False, verbose=0) for m in (model, converted)]
     np.testing.assert_allclose(fits[0].history["loss"], fits[1].history["loss"], rtol=1e-5)
+
+
+class Rate(keras.optimizers.schedules.LearningRateSchedule):
+    """Not registered: Keras makes none from a config."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate / (1 + tf.cast(step, tf.float32))
+
+    def get_config(self):
+        return {"rate": self.rate}
+
+
+def constant_rate():
+    return 0.1
+
+
+@pytest.mark.parametrize("module", [keras, wdops], ids=["keras", "wdops"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("rate", [Rate(0.1), constant_rate, 0.1], ids=["schedule", "function", "number"])
+@pytest.mark.parametrize("by", ["name", "variable"])
+def test_a_converted_model_has_the_optimizer_that_it_had(module, scaled, rate, by):
+    x, y = inputs(16, 5), inputs(16, 1)
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4), keras.layers.ELU(), keras.layers.Dense(1)])
+    optimizer = module.optimizers.AdamW(rate, weight_decay=0.5)
+    exclusions = {"name": {"var_names": ["bias"]}, "variable": {"var_list": [model.layers[-1].kernel]}}
+    optimizer.exclude_from_weight_decay(**exclusions[by])
+    if scaled:
+        optimizer = module.optimizers.LossScaleOptimizer(optimizer, initial_scale=4.0)
+    model.compile(optimizer, "mse")
+    converted = wdops.convert(model).model
+    assert type(converted.optimizer) is type(optimizer)
+    assert converted.optimizer is not optimizer
+    for one in (model, converted):
+        one.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    for got, want in zip(converted.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_without_a_config_is_named():
+    class Own(keras.layers.Layer):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+    model = keras.Sequential([keras.Input((5,)), Own(np.tanh), keras.layers.Dense(1)], name="m")
+    with pytest.raises(ValueError, match=r"layer m/own.* cannot be made from its config"):
+        wdops.convert(model)
 
 
 def test_a_model_of_a_class_of_its_own_is_refused():

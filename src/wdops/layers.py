@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-import math
+import numbers
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -26,16 +26,21 @@ _FUNCTIONS = (
 )
 
 
+def _is_alpha(alpha: Any) -> bool:
+    """Whether the ops take it in every dtype."""
+    return isinstance(alpha, numbers.Real) and 0 <= alpha <= float(np.finfo(np.float32).max)
+
+
 def _fused(activation: Any) -> Callable[..., tf.Tensor] | None:
     """The op that is a Keras activation, a function or a layer; None: there is none."""
     kind = type(activation)
     if kind is keras.layers.Activation:
         return _fused(activation.activation)
-    if kind is keras.layers.ELU and 0 <= activation.alpha < math.inf:
+    if kind is keras.layers.ELU and _is_alpha(activation.alpha):
         return functools.partial(ops.elu, alpha=activation.alpha)
-    if kind is keras.layers.LeakyReLU and activation.negative_slope < math.inf:
-        return functools.partial(ops.leaky_relu, alpha=activation.negative_slope)
-    if kind is keras.layers.ReLU and activation.max_value is None and activation.threshold == 0:
+    leaky = kind is keras.layers.LeakyReLU
+    leaky |= kind is keras.layers.ReLU and activation.max_value is None and activation.threshold == 0
+    if leaky and _is_alpha(activation.negative_slope):
         return functools.partial(ops.leaky_relu, alpha=activation.negative_slope)
     # Not every callable is hashable.
     return next((op for function, op in _FUNCTIONS if function is activation), None)
@@ -104,8 +109,9 @@ class Dense(keras.layers.Dense):
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
-        # Where the optimizer looks.
-        self._kernel.factored_gradient = self.factored_gradient
+        # Where the optimizer looks. In some quantizations there is no kernel.
+        if getattr(self, "_kernel", None) is not None:
+            self._kernel.factored_gradient = self.factored_gradient
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         if not self._is_plain:
@@ -161,8 +167,6 @@ class Dense(keras.layers.Dense):
         config = super().get_config()
         if self.factored_gradient:
             config["factored_gradient"] = True
-        if type(self.activation) is keras.layers.ELU:  # which leaves its alpha out of its own config
-            config["activation"]["config"]["alpha"] = self.activation.alpha
         return config
 
 
@@ -210,15 +214,12 @@ def convert(model: keras.Model) -> Converted:
     replaced, left = {}, {}
 
     def clone(layer: keras.Layer) -> keras.Layer:
-        config = layer.get_config()
         if not isinstance(layer, keras.Layer):  # an operation, as of x + y
-            return type(layer).from_config(config)
+            return type(layer).from_config(layer.get_config())
         path = paths[layer]
         if layer in moved:
             replaced[path] = "moved into the Dense layer before it"
-            return keras.layers.Activation("linear", name=layer.name, dtype=config["dtype"])
-        if type(layer) is keras.layers.ELU:
-            config["alpha"] = layer.alpha  # which Keras leaves out
+            return keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
         new_class = type(layer)
         reason = _reason_to_leave(layer)
         if reason:
@@ -226,7 +227,7 @@ def convert(model: keras.Model) -> Converted:
         elif isinstance(layer, keras.layers.Dense):
             new_class = Dense
         try:
-            new = new_class.from_config(config)
+            new = new_class.from_config(layer.get_config())
         except Exception as error:
             raise ValueError(f"layer {path} cannot be made from its config: {error}") from error
         if new_class is Dense and not reason:
@@ -254,7 +255,8 @@ def convert(model: keras.Model) -> Converted:
     for old, new in zip(*([x for x in m._flatten_layers() if _learns(x)] for m in (model, new_model)), strict=True):
         _copy_learned(old, new)
     if model.compiled:
-        new_model.compile(**{name: _fresh(value) for name, value in model._compile_config.config.items()})
+        twins = list(zip(old_variables, new_variables, strict=True))
+        new_model.compile(**{name: _fresh(value, twins) for name, value in model._compile_config.config.items()})
     return Converted(new_model, replaced, left)
 
 
@@ -271,13 +273,31 @@ def _not_compiled(models: list[keras.Model]) -> Iterator[None]:
             model.compiled = True
 
 
-def _fresh(value: Any) -> Any:
+def _fresh(value: Any, twins: list[tuple[keras.Variable, keras.Variable]]) -> Any:
     """An argument of `compile` for another model: optimizers and metrics have variables, and are made anew."""
 
     def copy(x: Any) -> Any:
-        return type(x).from_config(x.get_config()) if isinstance(x, (keras.Optimizer, keras.Metric)) else x
+        if isinstance(x, keras.Optimizer):
+            return _fresh_optimizer(x, twins)
+        return type(x).from_config(x.get_config()) if isinstance(x, keras.Metric) else x
 
     return keras.tree.map_structure(copy, value)
+
+
+def _fresh_optimizer(optimizer: keras.Optimizer, twins: list[tuple[keras.Variable, keras.Variable]]) -> keras.Optimizer:
+    """One of the same config, with what Keras leaves out there. `twins`: each variable, and that of the new model."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        inner = _fresh_optimizer(optimizer.inner_optimizer, twins)
+        return type(optimizer)(inner, optimizer.initial_scale, optimizer.dynamic_growth_steps, name=optimizer.name)
+    rate = optimizer._learning_rate
+    # Keras cannot make a schedule that is not registered, nor a lambda, from a config.
+    given = {} if isinstance(rate, keras.Variable) else {"learning_rate": rate}
+    new = type(optimizer).from_config(optimizer.get_config() | given)
+    if hasattr(optimizer, "_exclude_from_weight_decay"):
+        keys = optimizer._exclude_from_weight_decay
+        new._exclude_from_weight_decay = {new._var_key(v) for old, v in twins if optimizer._var_key(old) in keys}
+        new._exclude_from_weight_decay_pattern = optimizer._exclude_from_weight_decay_pattern
+    return new
 
 
 def _learns(layer: keras.Layer) -> bool:
@@ -348,9 +368,8 @@ def _as_activation(layer: keras.Layer) -> Any:
     """A layer of an activation as a function where there is one, else a copy of it."""
     if type(layer) is keras.layers.Activation:
         return layer.activation
-    if type(layer) is keras.layers.ELU:
-        new = keras.layers.ELU(**layer.get_config() | {"alpha": layer.alpha})
-        return keras.activations.elu if layer.alpha == 1 else new
+    if type(layer) is keras.layers.ELU and layer.alpha == 1:
+        return keras.activations.elu
     if type(layer) is keras.layers.ReLU and layer.negative_slope == 0:
         return keras.activations.relu
     return type(layer).from_config(layer.get_config())
