@@ -401,6 +401,18 @@ def test_what_stands_around_the_step(variant):
 
 
 @without_fma_they_are_formed
+def test_a_loss_scale_optimizer_factors_as_the_one_inside():
+    make = lambda: wdops.optimizers.LossScaleOptimizer(  # noqa: E731
+        wdops.optimizers.SGD(0.05, momentum=0.9), initial_scale=8.0
+    )
+    got, formed = train(make(), True, 6, 7)
+    want, _ = train(make(), False, 6, 7)
+    assert formed == 0
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * np.abs(w).max())
+
+
+@without_fma_they_are_formed
 def test_lamb_forms_a_gradient_that_it_needs_twice_of_a_large_batch():
     make = lambda: wdops.optimizers.Lamb(1e-2)  # noqa: E731
     for batch, formed in ((MOST_ROWS[2], 0), (MOST_ROWS[2] + 1, 2)):

@@ -128,6 +128,7 @@ def test_a_quantization_that_has_no_kernel_is_built_as_by_keras(mode):
     for dense in (keras.layers.Dense, layers.Dense):
         layer = dense(4, dtype=f"{mode}/4/8_from_float32")
         layer.build((None, 8))
+        assert wdops.optimizers.SGD().factor_gradients(layer) == []
         names.append([(v.name, v.shape) for v in layer.variables])
     assert names[0] == names[1]
     assert names[0]

@@ -360,7 +360,7 @@ class FusedStep(keras.optimizers.Optimizer):
         for layer in model._flatten_layers():
             if not layer.built:
                 raise ValueError(f"the layer {layer.name} is not built: call the model once, or give it an Input")
-            if isinstance(layer, keras.layers.Dense):
+            if isinstance(layer, keras.layers.Dense) and getattr(layer, "_kernel", None) is not None:
                 kernels.append(layer._kernel)
         for kernel in kernels:
             kernel.factored_gradient = True

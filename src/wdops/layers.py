@@ -219,7 +219,9 @@ def convert(model: keras.Model) -> Converted:
         path = paths[layer]
         if layer in moved:
             replaced[path] = "moved into the Dense layer before it"
-            return keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+            return keras.layers.Activation(
+                "linear", name=layer.name, dtype=layer.dtype_policy, trainable=layer.trainable
+            )
         new_class = type(layer)
         reason = _reason_to_leave(layer)
         if reason:

@@ -237,6 +237,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Whether the last step was made."""
         return self.inner_optimizer.step_applied
 
+    def factor_gradients(self, model: Any) -> list[str]:
+        """As that of the optimizer inside, which has to be of this module."""
+        return self.inner_optimizer.factor_gradients(model)
+
     def _common_apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         if not isinstance(self.inner_optimizer, FusedStep) or tf.distribute.has_strategy():
             super()._common_apply(grads, trainable_variables)
