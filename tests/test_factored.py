@@ -684,7 +684,7 @@ def test_what_is_computed_from_factors_is_computed_from_the_gradient():
         (grad[1], whole[1]), (grad[:, 2:], whole[:, 2:]), (len(grad), 3), (list(grad), list(whole)), (grad.ndim, 2),
         (grad.get_shape(), whole.shape), (np.asarray(grad), whole), (tf.norm(grad), np.linalg.norm(whole)),
     ]:  # fmt: skip
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_product_that_fits_a_narrow_dtype_is_not_made_of_factors_that_do_not():

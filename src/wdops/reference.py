@@ -894,8 +894,8 @@ _ACTIVATION_DOC = """
     At z = 0 the slope is that of negative z{at_zero}. Gradients of gradients are right, too. NaN propagates, but where
     the slope is 0 so is x_grad, whatever grad is; TensorFlow makes NaN of NaN and infinity there. Sums are made in
     double over a fixed tree: the same bits for every number of threads and every instruction set. float16, bfloat16 and
-    float32 are computed in float32, float64 in float64; subnormal floats count as 0, or under `jit_compile=True` as
-    what they are.
+    float32 are computed in float32, float64 in float64; subnormal floats count as 0, or under `jit_compile=True` may
+    stay what they are.
 
     Args:
       x: a tensor of dtype float32, float64, bfloat16 or float16, of any shape.
