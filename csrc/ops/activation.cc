@@ -29,6 +29,7 @@ class OutputCpu : public OutputOp {
                         const Tensor* bias, Tensor* output) const override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
+    if (Data(*output) != Data(x)) AskForLargePages(*output);
     const DType dtype = FromTensorFlow(x.dtype());
     cpu::ActivateAll(kernels->activations->output[inputs_.activation][dtype],
                      hyper, shape, dtype, Data(x), bias ? Data(*bias) : nullptr,
@@ -48,6 +49,9 @@ class GradCpu : public GradOp {
                              Tensor* bias_grad) const override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
+    if (Data(*x_grad) != Data(grad) && Data(*x_grad) != Data(output)) {
+      AskForLargePages(*x_grad);
+    }
     const DType dtype = FromTensorFlow(output.dtype());
     cpu::DifferentiateAll(
         kernels->activations->gradient[inputs_.activation][dtype], hyper, shape,
