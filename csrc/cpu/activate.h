@@ -1,6 +1,6 @@
 // An activation over a whole array, and its gradient, for whatever threads
 // there are: `share(count, bytes, run)` calls run(begin, end) until [0, count)
-// is covered, for work that reads and writes so many bytes.
+// is covered, for work that takes as long as to read and write so many bytes.
 #pragma once
 
 #include <cstring>
@@ -26,17 +26,21 @@ inline std::vector<char> Repeated(const char* bias, const Blocks& blocks,
 // Of an array that is not empty. `bias` is null where there is none; x may be
 // the output.
 template <class Share>
-void ActivateAll(Activate activate, const double* hyper,
-                 const ActivationShape& shape, DType dtype, const char* x,
-                 const char* bias, char* output, const Share& share) {
-  const Blocks blocks = shape.InBlocks();
+void ActivateAll(const ActivationKernels& kernels, int activation,
+                 const double* hyper, const ActivationShape& shape, DType dtype,
+                 const char* x, const char* bias, char* output,
+                 const Share& share) {
+  const Activate activate = kernels.output[activation][dtype];
+  const int64_t work = kActivations[activation].work;
+  // Small enough for threads to share what is worth waking one for.
+  const Blocks blocks(shape.outer, shape.channels, shape.inner, 16, kChunk);
   const int64_t size = kDTypeBytes[dtype];
   std::vector<char> repeated;
   if (bias && !blocks.Uniform() && blocks.Period() != shape.channels) {
     repeated = Repeated(bias, blocks, size);
     bias = repeated.data();
   }
-  share(blocks.Count(), 2 * shape.Elements() * size,
+  share(blocks.Count(), work * 2 * shape.Elements() * size,
         [&](int64_t block, int64_t end) {
           for (; block < end; ++block) {
             const Rows rows = blocks.At(block);
@@ -60,10 +64,11 @@ void StoreTotals(const std::vector<double>& totals, void* to) {
 // The array may be empty. `bias_grad` is null where there is no bias; grad and
 // output may be x_grad.
 template <class Share>
-void DifferentiateAll(ActivateGrad activate, const double* hyper,
-                      const ActivationShape& shape, DType dtype,
-                      const char* grad, const char* output, char* x_grad,
-                      char* bias_grad, const Share& share) {
+void DifferentiateAll(const ActivationKernels& kernels, int activation,
+                      const double* hyper, const ActivationShape& shape,
+                      DType dtype, const char* grad, const char* output,
+                      char* x_grad, char* bias_grad, const Share& share) {
+  const ActivateGrad activate = kernels.gradient[activation][dtype];
   std::vector<double> totals(bias_grad ? shape.channels : 0);
   if (shape.Elements() > 0) {
     const Blocks blocks = shape.InBlocks();

@@ -7,11 +7,11 @@
 
 namespace wdops::cpu {
 
-// How many threads are worth waking for work that reads and writes so many
-// bytes in all: in a cache a core moves about 16 bytes a cycle, and another
-// thread, which is to be woken and finds nothing in its cache, gains where one
-// alone takes more than 2^18 cycles. On a Xeon of 2023 that was at 3.7 MB, for
-// Adam's 131,000 elements as for SGD's 300,000.
+// How many threads are worth waking for work that takes as long as to read and
+// write so many bytes: in a cache a core moves about 16 bytes a cycle, and
+// another thread, which is to be woken and finds nothing in its cache, gains
+// where one alone takes more than 2^18 cycles. On a Xeon of 2023 that was
+// at 3.7 MB, for Adam's 131,000 elements as for SGD's 300,000.
 inline int64_t WorthWaking(int64_t most, int64_t count, int64_t bytes) {
   return std::min<int64_t>({most, count, 1 + (bytes / 16 >> 18)});
 }

@@ -30,10 +30,9 @@ class OutputCpu : public OutputOp {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
     if (Data(*output) != Data(x)) AskForLargePages(*output);
-    const DType dtype = FromTensorFlow(x.dtype());
-    cpu::ActivateAll(kernels->activations->output[inputs_.activation][dtype],
-                     hyper, shape, dtype, Data(x), bias ? Data(*bias) : nullptr,
-                     Data(*output), ShareOf(ctx));
+    cpu::ActivateAll(*kernels->activations, inputs_.activation, hyper, shape,
+                     FromTensorFlow(x.dtype()), Data(x),
+                     bias ? Data(*bias) : nullptr, Data(*output), ShareOf(ctx));
     return absl::OkStatus();
   }
 };
@@ -52,11 +51,10 @@ class GradCpu : public GradOp {
     if (Data(*x_grad) != Data(grad) && Data(*x_grad) != Data(output)) {
       AskForLargePages(*x_grad);
     }
-    const DType dtype = FromTensorFlow(output.dtype());
-    cpu::DifferentiateAll(
-        kernels->activations->gradient[inputs_.activation][dtype], hyper, shape,
-        dtype, Data(grad), Data(output), Data(*x_grad),
-        bias_grad ? Data(*bias_grad) : nullptr, ShareOf(ctx));
+    cpu::DifferentiateAll(*kernels->activations, inputs_.activation, hyper,
+                          shape, FromTensorFlow(output.dtype()), Data(grad),
+                          Data(output), Data(*x_grad),
+                          bias_grad ? Data(*bias_grad) : nullptr, ShareOf(ctx));
     return absl::OkStatus();
   }
 };

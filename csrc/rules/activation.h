@@ -6,6 +6,8 @@
 // An activation is a class template over S, as a rule is (rules/rule.h):
 //   kHypers              names of its hyperparameters, none of them negative,
 //                        or the sign of the output would not be that of z;
+//   kWork                how much longer values take in a cache than their
+//                        reads and writes alone;
 //   Output(z)            the value;
 //   Gradient(grad, y)    of z, from that of the output and the output. At 0,
 //                        where a kink may be, the slope is that of negative z.
@@ -19,6 +21,7 @@ namespace wdops {
 template <class S>
 struct Elu {
   static constexpr Names kHypers = {"alpha", "scale"};
+  static constexpr int kWork = 4;
   S alpha, scale;
 
   template <class D>
@@ -39,6 +42,7 @@ struct Elu {
 template <class S>
 struct Relu {
   static constexpr Names kHypers = {};
+  static constexpr int kWork = 1;
 
   template <class D>
   explicit Relu(const D*) {}
@@ -56,6 +60,7 @@ struct Relu {
 template <class S>
 struct LeakyRelu {
   static constexpr Names kHypers = {"alpha"};
+  static constexpr int kWork = 1;
   S alpha;
 
   template <class D>
@@ -74,10 +79,12 @@ struct LeakyRelu {
 struct ActivationInfo {
   const char* op;  // of TensorFlow; that of the gradient has "Grad" behind it
   Names hypers;
+  int work;
 };
 
 inline constexpr ActivationInfo kActivations[] = {
-#define ACTIVATION(Class) {"Wdops>" #Class, Class<float>::kHypers},
+#define ACTIVATION(Class) \
+  {"Wdops>" #Class, Class<float>::kHypers, Class<float>::kWork},
 #include "rules/activations.inc"
 };
 inline constexpr int kActivationCount =

@@ -298,13 +298,12 @@ ffi::Error GradientOfActivation(ffi::ThreadPool pool, int32_t activation,
   const auto data = [](const ffi::AnyBuffer& buffer) {
     return static_cast<char*>(buffer.untyped_data());
   };
-  const DType dtype = TypeOf(grad);
-  cpu::DifferentiateAll(
-      cpu::ActiveKernels()->activations->gradient[activation][dtype], hyper,
-      {outer, channels, inner}, dtype, data(grad), data(output), data(*x_grad),
-      data(*bias_grad), [&](int64_t count, int64_t bytes, const auto& run) {
-        Share(pool, count, bytes, run);
-      });
+  cpu::DifferentiateAll(*cpu::ActiveKernels()->activations, activation, hyper,
+                        {outer, channels, inner}, TypeOf(grad), data(grad),
+                        data(output), data(*x_grad), data(*bias_grad),
+                        [&](int64_t count, int64_t bytes, const auto& run) {
+                          Share(pool, count, bytes, run);
+                        });
   return ffi::Error::Success();
 }
 
