@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +43,7 @@ SHAPES = [
     ((0, 4), "NHWC"),
     ((259, 3), "NHWC"),
     ((70001, 1), "NHWC"),
+    ((40007, 3), "NHWC"),
     ((5, 1027), "NHWC"),
     ((515, 1100), "NHWC"),
     ((2, 3, 4, 5, 7), "NHWC"),
@@ -266,6 +268,7 @@ def digest(isas):
 
 _PRINT_DIGESTS = """
 import sys
+from pathlib import Path
 import tensorflow as tf
 tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
 sys.path.insert(0, sys.argv[2])
@@ -307,6 +310,29 @@ def test_the_input_is_not_changed(offset):
     tape.gradient(output, x, grad)
     np.testing.assert_array_equal(output, kept)
     np.testing.assert_array_equal(grad, tf.ones_like(grad))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages to ask for")
+@pytest.mark.parametrize("activation", ["elu", "relu"])
+def test_large_pages_are_asked_for(activation):
+    """For what an op has allocated and is about to write: new small pages take longer than the op does."""
+    x = tf.random.stateless_normal([2**23 + 5], (0, 1))
+    output, x_grad = run(ops, activation, x, None, tf.ones([2**23 + 5]))
+    for array in (np.asarray(output), np.asarray(x_grad)):  # no copies
+        assert "hg" in flags_of_memory(array.ctypes.data + array.nbytes // 2)
+
+
+def flags_of_memory(address):
+    """Those of the mapping that the address is in, as the system names them."""
+    within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *others = line.split()
+        if "-" in first:
+            begin, end = (int(bound, 16) for bound in first.split("-"))
+            within = begin <= address < end
+        elif within and first == "VmFlags:":
+            return others
+    raise LookupError(f"nothing is mapped at {address:#x}")
 
 
 # ---- special values

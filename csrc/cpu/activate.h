@@ -74,7 +74,9 @@ void DifferentiateAll(const ActivationKernels& kernels, int activation,
     const Blocks blocks = shape.InBlocks();
     const int64_t size = kDTypeBytes[dtype];
     std::vector<double> sums(bias_grad ? blocks.SumCount() : 0);
-    share(blocks.Count(), 3 * shape.Elements() * size,
+    // By as many threads as the output, of which each has a part in its cache.
+    const int64_t work = kActivations[activation].work;
+    share(blocks.Count(), work * 3 * shape.Elements() * size,
           [&](int64_t block, int64_t end) {
             for (; block < end; ++block) {
               Rows rows = blocks.At(block);

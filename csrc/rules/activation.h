@@ -6,8 +6,8 @@
 // An activation is a class template over S, as a rule is (rules/rule.h):
 //   kHypers              names of its hyperparameters, none of them negative,
 //                        or the sign of the output would not be that of z;
-//   kWork                how much longer values take in a cache than their
-//                        reads and writes alone;
+//   kWork                how many times as long as its reads and writes alone
+//                        the forward pass over what lies in a cache takes;
 //   Output(z)            the value;
 //   Gradient(grad, y)    of z, from that of the output and the output. At 0,
 //                        where a kink may be, the slope is that of negative z.
