@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
+#include <thread>
 
 namespace wdops::cpu {
 
@@ -13,7 +15,8 @@ namespace wdops::cpu {
 // where one alone takes more than 2^18 cycles. On a Xeon of 2023 that was
 // at 3.7 MB, for Adam's 131,000 elements as for SGD's 300,000.
 inline int64_t WorthWaking(int64_t most, int64_t count, int64_t bytes) {
-  return std::min<int64_t>({most, count, 1 + (bytes / 16 >> 18)});
+  return std::max<int64_t>(
+      1, std::min<int64_t>({most, count, 1 + (bytes / 16 >> 18)}));
 }
 
 // The pieces of [0, count). Each thread claims a share of what is left: long
@@ -32,13 +35,31 @@ class Claims {
           begin + std::max<int64_t>(1, (count_ - begin) / (2 * threads_));
       if (!claimed_.compare_exchange_weak(begin, end)) continue;
       run(begin, end);
+      done_ += end - begin;
       begin = claimed_;
     }
   }
 
+  bool Done() const { return done_ == count_; }
+
  private:
   const int64_t count_, threads_;
-  std::atomic<int64_t> claimed_{0};
+  std::atomic<int64_t> claimed_{0}, done_{0};
 };
+
+// Calls run(begin, end) until [0, count) is covered, in this thread and in what
+// others schedule(task) finds. Nobody waits for one that has still to wake: it
+// may be long after the call, and then finds nothing to do.
+template <class Schedule, class Run>
+void ShareAmong(int64_t threads, int64_t count, const Schedule& schedule,
+                const Run& run) {
+  const auto claims = std::make_shared<Claims>(count, threads);
+  for (int64_t t = 1; t < threads; ++t) {
+    schedule([claims, &run] { claims->Work(run); });
+  }
+  claims->Work(run);
+  // What another thread has claimed takes it no longer than it took this one.
+  while (!claims->Done()) std::this_thread::yield();
+}
 
 }  // namespace wdops::cpu

@@ -43,17 +43,14 @@ inline absl::Status FindKernels(const cpu::Kernels** kernels) {
 }
 
 // Calls run(begin, end) in TensorFlow's pool until [0, count) is covered, for
-// work that reads and writes so many bytes in all.
+// work that takes as long as to read and write so many bytes.
 template <class Run>
 void Share(tensorflow::OpKernelContext* ctx, int64_t count, int64_t bytes,
            const Run& run) {
   auto* pool = ctx->device()->tensorflow_cpu_worker_threads()->workers;
-  const int64_t threads = cpu::WorthWaking(pool->NumThreads(), count, bytes);
-  cpu::Claims claims(count, threads);
-  if (count == 0) return;
-  pool->ParallelFor(threads,
-                    tensorflow::thread::ThreadPool::SchedulingParams::Fixed(1),
-                    [&](int64_t, int64_t) { claims.Work(run); });
+  cpu::ShareAmong(
+      cpu::WorthWaking(pool->NumThreads(), count, bytes), count,
+      [&](auto task) { pool->Schedule(std::move(task)); }, run);
 }
 
 }  // namespace wdops

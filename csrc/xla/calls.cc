@@ -2,9 +2,6 @@
 // a step is the sweep that it is without, in place and with the same bits, and
 // so is the gradient of an activation behind a bias.
 #include <algorithm>
-#include <atomic>
-#include <memory>
-#include <thread>
 #include <vector>
 
 #include "cpu/activate.h"
@@ -24,29 +21,13 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Calls run(begin, end) in XLA's pool until [0, count) is covered, for work
-// that reads and writes so many bytes in all. As Share of ops/kernel.h, but the
-// pool may run a task long after the call: it then finds nothing to do.
+// As Share of ops/kernel.h, in XLA's pool.
 template <class Run>
 void Share(ffi::ThreadPool& pool, int64_t count, int64_t bytes,
            const Run& run) {
-  const int64_t threads =
-      std::max<int64_t>(1, cpu::WorthWaking(pool.num_threads(), count, bytes));
-  struct Progress {
-    cpu::Claims claims;
-    std::atomic<int64_t> done{0};
-  };
-  const std::shared_ptr<Progress> progress(new Progress{{count, threads}});
-  const auto work = [progress, &run] {
-    progress->claims.Work([&](int64_t begin, int64_t end) {
-      run(begin, end);
-      progress->done += end - begin;
-    });
-  };
-  for (int64_t t = 1; t < threads; ++t) pool.Schedule([work] { work(); });
-  work();
-  // What another thread has claimed takes it no longer than it took this one.
-  while (progress->done < count) std::this_thread::yield();
+  cpu::ShareAmong(
+      cpu::WorthWaking(pool.num_threads(), count, bytes), count,
+      [&](auto task) { pool.Schedule(std::move(task)); }, run);
 }
 
 DType TypeOf(const ffi::AnyBuffer& buffer) {

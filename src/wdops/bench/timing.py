@@ -249,7 +249,9 @@ def in_turn(
     times = {}
     for name, run in runs.items():
         run(1)
-        times[name] = max(1, round(enough / _seconds_of(run, 1)))
+        times[name] = 1
+        for _ in range(2):  # of a single short step, the call from Python is most
+            times[name] = max(1, round(enough / _seconds_of(run, times[name])))
         if flushed:  # Most of the time goes into flushing.
             times[name] = min(times[name], 10)
     measured: list[tuple[float, dict[str, float]]] = []  # the others' part, and the seconds of a step
