@@ -29,7 +29,6 @@ class OutputCpu : public OutputOp {
                         const Tensor* bias, Tensor* output) const override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    if (Data(*output) != Data(x)) AskForLargePages(*output);
     cpu::ActivateAll(*kernels->activations, inputs_.activation, hyper, shape,
                      FromTensorFlow(x.dtype()), Data(x),
                      bias ? Data(*bias) : nullptr, Data(*output), ShareOf(ctx));
@@ -48,9 +47,6 @@ class GradCpu : public GradOp {
                              Tensor* bias_grad) const override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    if (Data(*x_grad) != Data(grad) && Data(*x_grad) != Data(output)) {
-      AskForLargePages(*x_grad);
-    }
     cpu::DifferentiateAll(*kernels->activations, inputs_.activation, hyper,
                           shape, FromTensorFlow(output.dtype()), Data(grad),
                           Data(output), Data(*x_grad),

@@ -6,6 +6,7 @@
 
 #include "ops/activation.h"
 #include "ops/inputs.h"
+#include "ops/kept.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace wdops {
@@ -76,8 +77,9 @@ class OutputOp : public ActivationOp {
     const tensorflow::Tensor* bias = inputs_.biased ? &ctx->input(1) : nullptr;
     if (bias) TF_RETURN_IF_ERROR(CheckBias(inputs_, x.shape(), bias->shape()));
     tensorflow::Tensor* output;
-    TF_RETURN_IF_ERROR(
-        ctx->forward_input_or_allocate_output({0}, 0, x.shape(), &output));
+    if (!ctx->forward_input_to_output_with_shape(0, 0, x.shape(), &output)) {
+      TF_RETURN_IF_ERROR(AllocateOutput(ctx, 0, x.shape(), &output));
+    }
     if (x.NumElements() == 0) return absl::OkStatus();
     ActivationShape shape;
     TF_RETURN_IF_ERROR(ShapeOf(inputs_, x.shape(), &shape));
@@ -108,8 +110,13 @@ class GradOp : public ActivationOp {
     ActivationShape shape;
     TF_RETURN_IF_ERROR(ShapeOf(inputs_, output.shape(), &shape));
     tensorflow::Tensor *x_grad, *bias_grad = nullptr;
-    TF_RETURN_IF_ERROR(ctx->forward_input_or_allocate_output(
-        {0, 1}, 0, output.shape(), &x_grad));
+    const auto forward = [&](int input) {
+      return ctx->forward_input_to_output_with_shape(input, 0, output.shape(),
+                                                     &x_grad);
+    };
+    if (!forward(0) && !forward(1)) {
+      TF_RETURN_IF_ERROR(AllocateOutput(ctx, 0, output.shape(), &x_grad));
+    }
     if (inputs_.biased) {
       TF_RETURN_IF_ERROR(ctx->allocate_output(1, {shape.channels}, &bias_grad));
     }

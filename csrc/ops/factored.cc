@@ -22,7 +22,6 @@ class FactoredGradientCpu : public FactoredGradientOp {
   absl::Status Form(OpKernelContext* ctx, Tensor* grad) const override {
     const cpu::Kernels* kernels;
     TF_RETURN_IF_ERROR(FindKernels(&kernels));
-    AskForLargePages(*grad);
     Gradients product;
     TF_RETURN_IF_ERROR(
         product.Make(ctx, inputs_, *kernels, [](int) { return true; }));

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "ops/kept.h"
 #include "ops/variables.h"
 
 namespace wdops {
@@ -172,7 +173,7 @@ class FactoredGradientOp : public tensorflow::OpKernel {
     }
     tensorflow::Tensor *grad, *none;
     TF_RETURN_IF_ERROR(
-        ctx->allocate_output(0, {x.dim_size(1), dz.dim_size(1)}, &grad));
+        AllocateOutput(ctx, 0, {x.dim_size(1), dz.dim_size(1)}, &grad));
     TF_RETURN_IF_ERROR(ctx->allocate_output(1, {0}, &none));
     return Form(ctx, grad);
   }
