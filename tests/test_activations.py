@@ -336,6 +336,11 @@ def mapped():
             total += end - begin
     return total
 
+def the_systems():
+    '''Bytes that it may take without asking.'''
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("LazyFree:"))
+
 block = 66 << 20
 x = tf.fill([N], -1.0)
 before = mapped()
@@ -348,7 +353,9 @@ first, second = first[:1].numpy(), second[:1].numpy()
 third = ops.elu(x, alpha=2.0)
 assert address(third) in used
 np.testing.assert_allclose(third, np.full(N, 2 * np.expm1(-1.0)), rtol=1e-6)
+assert the_systems() <= block
 del third
+assert block < the_systems() <= 2 * block
 
 # Never more than was once in use: one that fits nowhere takes the place of the others.
 larger = ops.elu(tf.fill([N + 2**20], 3.0))
