@@ -347,9 +347,9 @@ int wdops_cuda_activate(int activation, int dtype, const double* hyper,
                         WdopsStream) {
   const ActivationShape shape = ShapeOf(outer, channels, inner, bias);
   if (shape.Elements() == 0) return kSuccess;
-  ActivateAll(wdops_cpu_kernels()->activations->output[activation][dtype],
-              hyper, shape, static_cast<DType>(dtype), At(x, 0, dtype),
-              At(bias, 0, dtype), At(output, 0, dtype), Alone);
+  ActivateAll(*wdops_cpu_kernels()->activations, activation, hyper, shape,
+              static_cast<DType>(dtype), At(x, 0, dtype), At(bias, 0, dtype),
+              At(output, 0, dtype), Alone);
   return kSuccess;
 }
 
@@ -361,11 +361,11 @@ int wdops_cuda_activate_grad(int activation, int dtype, const double* hyper,
                              int64_t outer, int64_t channels, int64_t inner,
                              const void* grad, const void* output, void* x_grad,
                              void* bias_grad, void*, WdopsStream) {
-  DifferentiateAll(
-      wdops_cpu_kernels()->activations->gradient[activation][dtype], hyper,
-      ShapeOf(outer, channels, inner, bias_grad), static_cast<DType>(dtype),
-      At(grad, 0, dtype), At(output, 0, dtype), At(x_grad, 0, dtype),
-      At(bias_grad, 0, dtype), Alone);
+  DifferentiateAll(*wdops_cpu_kernels()->activations, activation, hyper,
+                   ShapeOf(outer, channels, inner, bias_grad),
+                   static_cast<DType>(dtype), At(grad, 0, dtype),
+                   At(output, 0, dtype), At(x_grad, 0, dtype),
+                   At(bias_grad, 0, dtype), Alone);
   return kSuccess;
 }
 
