@@ -14,9 +14,13 @@
 namespace wdops::cpu {
 namespace {
 
-// How many elements of an array that a chunk lacks there are: what stands for
-// them stays in L1.
+// What stands for the arrays that a chunk lacks, so many elements at a time: it
+// stays in L1. One for all rules, since each thread has its own.
 constexpr int kStandIns = 1024;
+template <class T>
+thread_local T no_accumulator[kStandIns];
+template <class T>
+thread_local T no_average[kStandIns];
 
 // How many of a new parameter are swept before the sums of its penalty are
 // made, from L1.
@@ -122,6 +126,7 @@ WDOPS_LOOP void SweepPlain(const Step<Rule, Compute<T>> given,
   }
 }
 
+// Every step. Without kAccumulated, only one that has no accumulator.
 template <bool kStochastic, bool kSmooth, bool kScaled, bool kAccumulated,
           template <class> class Rule, class T, class SlotT>
 WDOPS_LOOP void SweepFull(const Step<Rule, Compute<T>> given,
@@ -129,19 +134,21 @@ WDOPS_LOOP void SweepFull(const Step<Rule, Compute<T>> given,
   using S = Compute<T>;
   auto step = kSmooth ? given.Smooth() : given;
   constexpr int kSlots = Step<Rule, S>::kSlots;
-  // What stands for an average that there is not must not count.
+  // What stands for an array that there is not must not count: -0 is the number
+  // that changes no other one when it is added.
+  if (!chunk.accumulator) step.accumulation_scale = S(-0.0);
   if (!chunk.average) step.ema_overwrite = 0;
-  thread_local T no_average[kStandIns];
   const uint32_t high = static_cast<uint64_t>(chunk.begin) >> 32;
   for (; begin < end; begin += kStandIns) {
     Arrays<T, SlotT, kSlots> a(chunk, begin);
-    if (!chunk.average) a.average = no_average;
+    if (!chunk.accumulator) a.accumulator = no_accumulator<T>;
+    if (!chunk.average) a.average = no_average<T>;
     const uint32_t low = chunk.begin + begin;
     const int n = std::min(kStandIns, end - begin);
     const int asked = ElementsAsked(n);
     for (int first = 0; first < n; first += asked) {
       FetchAhead(a, first);
-      if (kAccumulated) FetchAhead(a.accumulator, first);
+      if (kAccumulated && chunk.accumulator) FetchAhead(a.accumulator, first);
       if (chunk.average) FetchAhead(a.average, first);
       const int last = std::min(first + asked, n);
 #pragma GCC ivdep
@@ -170,35 +177,23 @@ WDOPS_LOOP void SweepFull(const Step<Rule, Compute<T>> given,
   }
 }
 
-template <bool kStochastic, bool kSmooth, template <class> class Rule, class T,
-          class SlotT>
+template <bool kStochastic, template <class> class Rule, class T, class SlotT>
 void SweepRounded(const Step<Rule, Compute<T>>& step, const Chunk& chunk,
                   int begin, int end) {
   constexpr bool kRate = kHasRate<Rule<float>, float>;
-  const bool scaled = kRate && step.options.scaled_proximal;
+  const bool full = chunk.accumulator || chunk.average;
   const auto sweep = [&](auto loop) { loop(step, chunk, begin, end); };
-  if (scaled && chunk.accumulator) {
+  if (kRate && step.options.scaled_proximal) {
     sweep(SweepFull<kStochastic, false, kRate, true, Rule, T, SlotT>);
-  } else if (scaled) {
-    sweep(SweepFull<kStochastic, false, kRate, false, Rule, T, SlotT>);
+  } else if (!step.IsSmooth()) {
+    sweep(full ? SweepFull<kStochastic, false, false, true, Rule, T, SlotT>
+               : SweepPlain<kStochastic, false, Rule, T, SlotT>);
   } else if (chunk.accumulator) {
-    sweep(SweepFull<kStochastic, kSmooth, false, true, Rule, T, SlotT>);
-  } else if (chunk.average) {
-    sweep(SweepFull<kStochastic, kSmooth, false, false, Rule, T, SlotT>);
+    sweep(SweepFull<kStochastic, true, false, true, Rule, T, SlotT>);
   } else {
-    sweep(SweepPlain<kStochastic, kSmooth, Rule, T, SlotT>);
-  }
-}
-
-template <bool kSmooth, template <class> class Rule, class T, class SlotT>
-void SweepKnown(const Step<Rule, Compute<T>>& step, const Chunk& chunk,
-                int begin, int end) {
-  constexpr bool kBfloat16 =
-      std::is_same_v<T, bfloat16> || std::is_same_v<SlotT, bfloat16>;
-  if (kBfloat16 && step.options.stochastic) {
-    SweepRounded<kBfloat16, kSmooth, Rule, T, SlotT>(step, chunk, begin, end);
-  } else {
-    SweepRounded<false, kSmooth, Rule, T, SlotT>(step, chunk, begin, end);
+    // In a cache, the stand-in for an accumulator would add a third to it.
+    sweep(full ? SweepFull<kStochastic, true, false, false, Rule, T, SlotT>
+               : SweepPlain<kStochastic, true, Rule, T, SlotT>);
   }
 }
 
@@ -206,10 +201,12 @@ template <template <class> class Rule, class T, class SlotT>
 void SweepRule(const void* step_bytes, const Chunk& chunk, Sums* penalty) {
   const FloatMode mode;
   const auto& step = *static_cast<const Step<Rule, Compute<T>>*>(step_bytes);
+  constexpr bool kBfloat16 =
+      std::is_same_v<T, bfloat16> || std::is_same_v<SlotT, bfloat16>;
   const auto sweep = [&](int begin, int end) {
-    step.IsSmooth()
-        ? SweepKnown<true, Rule, T, SlotT>(step, chunk, begin, end)
-        : SweepKnown<false, Rule, T, SlotT>(step, chunk, begin, end);
+    (kBfloat16 && step.options.stochastic)
+        ? SweepRounded<kBfloat16, Rule, T, SlotT>(step, chunk, begin, end)
+        : SweepRounded<false, Rule, T, SlotT>(step, chunk, begin, end);
   };
   if (penalty) *penalty = {};
   if (!penalty || (step.l1 == 0 && step.l2_slope == 0)) {
