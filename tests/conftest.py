@@ -1,6 +1,6 @@
 """What all tests share: the instruction sets as a fixture, random cases of every rule, and the bound of the oracle."""
 
-import itertools
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import wdops
 from wdops import reference
@@ -89,6 +90,29 @@ def random_case(rule, dtype, n, seed=0, slot_dtype=None):
     return [draw(dtype), *slots, draw(dtype)]
 
 
+MOST_MARKS = 8  # in a rule, of what it marks as `rounded`
+
+
+@functools.cache
+def graph_of_step(rule, arrays, hypers, scaled_proximal):
+    """The reference as a graph of arrays and hyperparameters in the order of their names, and of factors of the marks.
+
+    An oracle takes dozens of steps, whose ops one by one would take several times as long.
+    """
+
+    def step(arrays_, hypers_, factors):
+        factor = iter(tf.unstack(factors))
+        more = dict(zip(arrays, arrays_, strict=True))
+        param, grad, *slots = (more.pop(name) for name in arrays if name not in ("accumulator", "average"))
+        more |= dict(zip(hypers, tf.unstack(hypers_), strict=True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "rounded", lambda x: x * next(factor))
+            return reference.step(rule, param, slots, grad, **more, scaled_proximal=scaled_proximal)
+
+    array, numbers, factors = (tf.TensorSpec([n], tf.float64) for n in (None, len(hypers), MOST_MARKS))
+    return tf.function(step, autograph=False).get_concrete_function([array] * len(arrays), numbers, factors)
+
+
 def oracle(rule, param, slots, grad, hypers, **options):
     """The new param, slots and average in float64, and how far a step in the dtype of `param` may be from each element.
 
@@ -99,41 +123,34 @@ def oracle(rule, param, slots, grad, hypers, **options):
     """
     half_ulp = 2.0**-53 if param.dtype == np.float64 else 2.0**-24
     change = 2.0**-20
-    arrays = {name: options.pop(name) for name in ("accumulator", "average") if options.get(name) is not None}
-    inputs = {"param": param, "grad": grad} | {f"slot{k}": s for k, s in enumerate(slots)} | arrays
-    inputs = {name: np.asarray(x, np.float64) for name, x in inputs.items()}
+    arrays = {"param": param, "grad": grad} | {f"slot{k}": s for k, s in enumerate(slots)}
+    arrays |= {name: options[name] for name in ("accumulator", "average") if options.get(name) is not None}
     hypers = {n: float(x) for n, x in hypers.items() if n != "seed"}
     hypers = {n: x for n, x in reference.STEP_DEFAULTS.items() if x is not None} | {"decay_lr": hypers["lr"]} | hypers
-    stored = [str(x.dtype) for x in (param, *slots, *([param] if "average" in inputs else []))]
+    stored = [str(x.dtype) for x in (param, *slots, *([param] if "average" in arrays else []))]
+    graph = graph_of_step(rule, tuple(arrays), tuple(hypers), options.get("scaled_proximal", False))
+    arrays = {name: tf.constant(np.ravel(x), tf.float64) for name, x in arrays.items()}
 
-    def step(inputs, hypers):
-        slot_values = [inputs[f"slot{k}"] for k in range(len(slots))]
-        more = {name: inputs[name] for name in arrays} | options
+    def step(changes, factors=(1.0,) * MOST_MARKS):
+        """With inputs changed by a factor, by name, and what is marked by `factors`."""
+        changed = [x * changes[name] if name in changes else x for name, x in arrays.items()]
+        numbers = [x * changes.get(name, 1) for name, x in hypers.items()]
         return [
-            np.asarray(x) for x in reference.step(rule, inputs["param"], slot_values, inputs["grad"], **more, **hypers)
+            x.numpy().reshape(param.shape)
+            for x in graph(changed, *(tf.constant(x, tf.float64) for x in (numbers, factors)))
         ]
 
-    marks = itertools.count()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "rounded", lambda x: (next(marks), x)[1])
-        want = step(inputs, hypers)
+    want = step({})
     slack = [np.abs(w) for w in want]
-    for group in (inputs, hypers):
-        for name, value in group.items():
-            if name in ("nesterov", "step", "ema_overwrite") or not np.any(value):  # exact
-                continue
-            moved = []
-            for factor in (1 - change, 1 + change):
-                changed = group | {name: value * factor}
-                moved.append(step(*((changed, hypers) if group is inputs else (inputs, changed))))
-            for k, w in enumerate(want):
-                slack[k] = slack[k] + np.maximum(*(np.abs(m[k] - w) for m in moved)) / change
-    for mark in range(next(marks)):
-        seen = itertools.count()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference, "rounded", lambda x, mark=mark, seen=seen: x * (1 + change * (next(seen) == mark)))
-            for k, moved in enumerate(step(inputs, hypers)):
-                slack[k] = slack[k] + np.abs(moved - want[k]) / change
+    for name, value in (arrays | hypers).items():
+        if name in ("nesterov", "step", "ema_overwrite") or not np.any(value):  # exact
+            continue
+        less, more = step({name: 1 - change}), step({name: 1 + change})
+        for k, w in enumerate(want):
+            slack[k] = slack[k] + np.maximum(np.abs(less[k] - w), np.abs(more[k] - w)) / change
+    for mark in np.eye(MOST_MARKS):
+        for k, moved in enumerate(step({}, 1 + change * mark)):
+            slack[k] = slack[k] + np.abs(moved - want[k]) / change
     rounding = MAX_ROUNDINGS[str(param.dtype)] * half_ulp
     # What is stored in 16 bits and then averaged or overwritten is not rounded in between: one storing each.
     bounds = [

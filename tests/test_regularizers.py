@@ -74,7 +74,7 @@ def test_weights_and_reported_losses_are_those_of_the_model_before(around, name,
     np.testing.assert_allclose(*losses, rtol=2e-6)
     # 1e-5, and where rounding puts a weight on the other side of 0, a step of lr*l1 the other way.
     assert difference(folded.get_weights(), plain.get_weights()) <= 1e-5 + 0.02 * 0.004
-    without = compiled(model_of(0.0, 0.0), getattr(keras.optimizers, name)(**arguments), jit)
+    without = compiled(model_of(0.0, 0.0), getattr(keras.optimizers, name)(**arguments), False)
     train(without)
     assert difference(without.get_weights(), plain.get_weights()) > 2e-3
     evaluated = [m.evaluate(*data(), verbose=0) for m in (folded, plain)]
