@@ -342,7 +342,7 @@ def test_a_converted_model_has_the_optimizer_that_it_had(module, scaled, rate, b
     optimizer.exclude_from_weight_decay(**exclusions[by])
     if scaled:
         optimizer = module.optimizers.LossScaleOptimizer(optimizer, initial_scale=4.0)
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, "mse", jit_compile=rate == 0.1)
     converted = wdops.convert(model).model
     assert type(converted.optimizer) is type(optimizer)
     assert converted.optimizer is not optimizer

@@ -104,10 +104,15 @@ def trained_in_float64(case):
     return train(optimizer(wdops.optimizers, case), dtype="float64")
 
 
+@functools.cache
+def trained_by_keras(case, mode):
+    return train(optimizer(keras.optimizers, case), mode)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_100_steps_beside_keras(case, mode):
-    keras_weights = train(optimizer(keras.optimizers, case), KERAS_MODES[mode])
+    keras_weights = trained_by_keras(case, KERAS_MODES[mode])
     weights = train(optimizer(wdops.optimizers, case), mode)
     truth = trained_in_float64(case)
     if CASES[case][0] == "SGD":
