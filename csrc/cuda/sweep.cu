@@ -39,6 +39,25 @@ __device__ bool FindPlace(const Variable& v, int piece, int lane, Place* grad,
   return true;
 }
 
+// As Find, by all threads of a block together: so a block does not begin with a
+// load that waits for another for every bit of `count`. Not inlined: a kernel
+// that needs all registers would find one fewer.
+__device__ __noinline__ int FindTogether(const int64_t* first, int count,
+                                         int64_t at) {
+  __shared__ int found;
+  int64_t low = 0, step = count;
+  while (step > 1) {
+    step = Ceil(step, kThreads);
+    const int64_t begin = low + threadIdx.x * step;
+    const int64_t end = begin + step < count ? begin + step : count;
+    if (begin < end && first[begin] <= at && at < first[end]) found = begin;
+    __syncthreads();
+    low = found;
+    __syncthreads();
+  }
+  return low;
+}
+
 // Copies whole words, each of which a thread moves.
 template <int kBytes>
 __device__ void Copy(const void* from, void* to) {
@@ -65,7 +84,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   constexpr bool kDouble = std::is_same_v<S, double>;
   __shared__ Variable v;
   __shared__ AnyStep any_step;
-  const int variable = Find(table->FirstPiece(), table->count, blockIdx.x);
+  const int variable =
+      FindTogether(table->FirstPiece(), table->count, blockIdx.x);
   // A grid has fewer blocks than 2^31.
   const int piece = blockIdx.x - table->FirstPiece()[variable];
   const OneStep& one = *steps->Of(variable, kDouble);

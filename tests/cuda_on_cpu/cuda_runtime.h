@@ -26,6 +26,7 @@
 #define __device__
 #define __host__
 #define __shared__ static
+#define __noinline__
 #define __launch_bounds__(...)
 
 typedef struct CUstream_st* cudaStream_t;
