@@ -60,6 +60,7 @@ def show_verdicts(verdicts: dict[str, Verdict]) -> None:
     for name, verdict in verdicts.items():
         worst = [f"{verdict.worst[d]:.2f}" if d in verdict.worst else "" for d in dtypes]
         bits = "" if not verdict.compared else "differ" if verdict.bit_failures else "the same"
+        bits += ", but not of float64" * verdict.other_pow
         oracle = "wrong" if verdict.failures else "within" if verdict.elements else ""
         rows.append([name, str(verdict.cases), f"{verdict.elements:,}", oracle, *worst, bits])
     head = ["", "calls", "elements", "oracle", *(f"error {dtype}" for dtype in dtypes), "bits of the CPU"]
@@ -210,7 +211,7 @@ def main() -> int:
     part(f"comparing on {kernels.name}")
     large = not arguments.small and on_card
     rules = SMALL_RULES if arguments.small else None
-    verdicts = gpu_cases.compare(kernels, cpu, tables, large=large, rules=rules)
+    verdicts = gpu_cases.compare(kernels, cpu, tables, on_card=on_card, large=large, rules=rules)
     show_verdicts(verdicts)
     wrong = failed(verdicts)
     if arguments.small:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # A change to a source, and whether the oracle finds it; the comparison with the CPU's bits finds each.
 MUTANTS = {
     "a sign": ("rules/adam.h", "(grad * grad - v)", "(grad * grad + v)", True),
-    "the row of another": ("cuda/sweep.cu", "place->at = v.rows[row] * v.width", "place->at = row * v.width", True),
+    "the row of another": ("cuda/sweep.cu", "place_begin = v.rows[row] * v.width", "place_begin = row * v.width", True),
     "another rounding": (
         "rules/adam.h",
         "param - step_size * slot[0] / (Sqrt(slot[1]) + epsilon)",

@@ -19,14 +19,15 @@ constexpr int kOutputBlocks = 4, kGradBlocks = 3;
 
 // How the blocks of rules/blocks.h are dealt to those of the card: in strips
 // of so many columns, each of which several threads share. Narrow ones make
-// more blocks; but what is summed up over its columns is one.
+// more blocks, wide ones more threads that add up; but what is summed up over
+// its columns is one.
 struct Strips {
   Blocks blocks;
   int columns, of_block;
 
-  explicit Strips(const Blocks& blocks)
+  Strips(const Blocks& blocks, int columns)
       : blocks(blocks),
-        columns(blocks.Uniform() ? kSumColumns : 32),
+        columns(blocks.Uniform() ? kSumColumns : columns),
         of_block(blocks.Uniform() ? 1 : Ceil(blocks.Columns(), columns)) {}
 
   int64_t Count() const { return blocks.Count() * of_block; }
@@ -58,9 +59,22 @@ struct Column {
     rows = in_block < at.last_columns ? at.rows : inside ? at.rows - 1 : 0;
   }
 
+  // How many of a thread's rows from `row` on there are.
+  __device__ int Left(int64_t row) const {
+    return rows - row < kBatch<T> ? rows - row : kBatch<T>;
+  }
   __device__ void Load(const T* from, int64_t row, T* to) const {
-    for (int b = 0; b < kBatch<T>; ++b) {
-      if (row + b < rows) to[b] = from[begin + (row + b) * stride];
+    const int left = Left(row);
+    const T* next = &from[begin + row * stride];
+    for (int b = 0; b < kBatch<T>; ++b, next += stride) {
+      if (b < left) to[b] = *next;
+    }
+  }
+  __device__ void Store(const T* from, int64_t row, T* to) const {
+    const int left = Left(row);
+    T* next = &to[begin + row * stride];
+    for (int b = 0; b < kBatch<T>; ++b, next += stride) {
+      if (b < left) *next = from[b];
     }
   }
 };
@@ -77,13 +91,12 @@ __global__ void __launch_bounds__(kThreads, kOutputBlocks)
   }
   for (int64_t row = column.group * kBatch<T>; row < column.rows;
        row += column.round) {
-    T from[kBatch<T>] = {};
-    column.Load(x, row, from);
+    T batch[kBatch<T>] = {};
+    column.Load(x, row, batch);
     for (int i = 0; i < kBatch<T>; ++i) {
-      if (row + i >= column.rows) break;
-      Store(activation.Output(Load(from[i]) + b),
-            &output[column.begin + (row + i) * column.stride]);
+      Store(activation.Output(Load(batch[i]) + b), &batch[i]);
     }
+    column.Store(batch, row, output);
   }
 }
 
@@ -96,24 +109,28 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks)
   // order.
   __shared__ S of_rows[kThreads * kBatch<T>];
   const Column<T> column(strips);
+  const int own = column.group * kBatch<T>;
   double sum = 0;
+  T g[kBatch<T>] = {}, y[kBatch<T>] = {};
+  column.Load(grad, own, g);
+  column.Load(output, own, y);
   for (int64_t first = 0; first < column.most_rows; first += column.round) {
-    const int own = column.group * kBatch<T>;
     const int64_t row = first + own;
-    T g[kBatch<T>] = {}, y[kBatch<T>] = {};
-    column.Load(grad, row, g);
-    column.Load(output, row, y);
     for (int i = 0; i < kBatch<T>; ++i) {
-      if (row + i >= column.rows) break;
       const S of_x = activation.Gradient(Load(g[i]), Load(y[i]));
-      Store(of_x, &x_grad[column.begin + (row + i) * column.stride]);
       of_rows[(own + i) * strips.columns + column.lane] = of_x;
+      Store(of_x, &g[i]);
     }
+    column.Store(g, row, x_grad);
+    // On their way while the sums are made.
+    column.Load(grad, row + column.round, g);
+    column.Load(output, row + column.round, y);
     if (!sums) continue;
     __syncthreads();
     if (column.group == 0) {
       const int64_t left = column.rows - first;
       const int n = left < column.round ? left : column.round;
+#pragma unroll 4
       for (int i = 0; i < n; ++i) {
         sum += of_rows[i * strips.columns + column.lane];
       }
@@ -159,9 +176,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   Store(static_cast<Compute<T>>(total), &bias_grad[channel]);
 }
 
-// Blocks that nothing is summed up in: small ones, for many of them.
+// Blocks that nothing is summed up in: small ones, for many of them, but large
+// enough that what a thread begins with is little beside its rows.
 Blocks SmallBlocks(int64_t outer, int64_t channels, int64_t inner) {
-  return Blocks(outer, channels, inner, 32, 4096);
+  const int64_t n = outer * channels * inner;
+  const int64_t rows = std::clamp<int64_t>(n >> 16, 64, 256);
+  return Blocks(outer, channels, inner, rows, rows * kSumColumns);
 }
 
 template <template <class> class Activation, class T>
@@ -171,7 +191,8 @@ cudaError_t Activate(const double* hyper, int64_t outer, int64_t channels,
   if (outer * channels * inner == 0) return cudaSuccess;
   using Function = Activation<Compute<T>>;
   const Strips strips(bias ? SmallBlocks(outer, channels, inner)
-                           : SmallBlocks(1, 1, outer * channels * inner));
+                           : SmallBlocks(1, 1, outer * channels * inner),
+                      32);
   return Launch(&ActivateKernel<Function, T>, strips.Count(), kThreads, stream,
                 Function(hyper), strips, static_cast<const T*>(x),
                 static_cast<const T*>(bias), static_cast<T*>(output));
@@ -187,8 +208,8 @@ cudaError_t ActivateGrad(const double* hyper, int64_t outer, int64_t channels,
   double* const sums = bias_grad ? static_cast<double*>(scratch) : nullptr;
   int64_t runs = 0, run = 1;
   if (n > 0) {
-    const Strips strips(bias_grad ? Blocks(outer, channels, inner)
-                                  : SmallBlocks(1, 1, n));
+    const Strips strips(
+        bias_grad ? Blocks(outer, channels, inner) : SmallBlocks(1, 1, n), 64);
     run = strips.blocks.SumRun();
     runs = strips.blocks.SumCount() / (channels * run);
     const cudaError_t error =

@@ -5,96 +5,109 @@
 
 namespace wdops::cuda {
 
+// Some rows of x and dz, of which a thread loads a vector each.
 template <class S>
-__device__ S LoadAs(int dtype, const void* from, int64_t at) {
-  switch (dtype) {
-#define DTYPE(name, Type)                              \
-  case k_##name:                                       \
-    if constexpr (kIsComputedIn<Type, S>) {            \
-      return Load(static_cast<const Type*>(from)[at]); \
-    }                                                  \
-    break;
-#include "rules/dtypes.inc"
-  }
-  return 0;
+struct Panel {
+  static constexpr int kOfX = kTileRows / kWidth<S>;
+  static constexpr int kDepth = kThreads / kOfX;
+  Vector<S> x[kDepth][kOfX], dz[kDepth][kTileVectors];
+};
+
+// Where a block has a tile, and before that two panels.
+template <class S>
+union Room {
+  Panel<S> panel[2];
+  Vector<S> tile[kThreads * kVectors];  // row after row
+};
+template <class S>
+__device__ Room<S>& SharedRoom() {
+  __shared__ Room<S> room;
+  return room;
 }
 
-// As it is when it has been stored.
-template <class S>
-__device__ S RoundTo(int dtype, S value) {
-  switch (dtype) {
-#define DTYPE(name, Type)                   \
-  case k_##name:                            \
-    if constexpr (kIsComputedIn<Type, S>) { \
-      Type stored;                          \
-      Store(value, &stored);                \
-      return Load(stored);                  \
-    }                                       \
-    break;
-#include "rules/dtypes.inc"
+// A thread's vectors of a factor [batch, n], one in each panel, `kAcross` of
+// which are a row of it.
+template <class S, int kAcross>
+class Strip {
+ public:
+  // `begin`: the first column of the tile.
+  __device__ Strip(int64_t n, int64_t begin) {
+    const int64_t column = begin + threadIdx.x % kAcross * kWidth<S>;
+    at_ = Row() * n + column;
+    count_ = n - column < kWidth<S> ? n - column : kWidth<S>;
   }
-  return 0;
-}
 
-// Columns [begin, begin + kColumns) of kDepth rows, of which there are `depth`,
-// of `from` [.., n].
-template <int kDepth, int kColumns, class S>
-__device__ void LoadPanel(int dtype, const void* from, int64_t row, int depth,
-                          int64_t n, int64_t begin, S* panel) {
-  for (int e = threadIdx.x; e < kDepth * kColumns; e += kThreads) {
-    const int k = e / kColumns;
-    const int64_t column = begin + e % kColumns;
-    panel[e] = k < depth && column < n
-                   ? LoadAs<S>(dtype, from, (row + k) * n + column)
-                   : S(0);
+  // From the next panel, where `left` rows are left.
+  __device__ Raw<S> Load(const Variable& v, const void* from, int64_t n,
+                         int64_t left) {
+    const bool inside = Row() < left;
+    const bool whole = v.factors_aligned & (count_ == kWidth<S>);
+    const Place place{at_, inside ? count_ : 0, inside && whole};
+    at_ += Panel<S>::kDepth * n;
+    return LoadRaw<S>(v.bytes, from, place);
   }
-}
+  __device__ void Store(const Variable& v, const Raw<S>& raw,
+                        Vector<S> (*to)[kAcross]) const {
+    constexpr bool kAll = kThreads == kAcross * Panel<S>::kDepth;
+    if (kAll || Row() < Panel<S>::kDepth) {
+      to[Row()][threadIdx.x % kAcross] = Convert<S>(v.dtype, raw);
+    }
+  }
 
-// Tile `t` of x^T dz, row after row. Every element is added up over the batch
-// in its order, with one rounding for each row, so that it has the bits of the
-// CPU's. Not inlined: a kernel would keep its registers for what it seldom
-// calls.
+ private:
+  __device__ static int Row() { return threadIdx.x / kAcross; }
+
+  int64_t at_;
+  int count_;
+};
+
+// Makes tile `t` of x^T dz. Every element is added up over the batch in its
+// order, with one rounding for each row, so that it has the bits of the CPU's.
+//
+// While a panel is multiplied, the next is on its way to the registers, and
+// then goes to where the last but one was.
 template <class S>
-__device__ __noinline__ const S* FormTile(const Variable& v, int64_t t) {
-  constexpr int kDepth = 16, kHeight = kTileRows * kTileVectors / kThreads;
-  constexpr int kColumns = kTileColumns<S>;
-  // First panels of x and dz, then the tile.
-  __shared__ Vector<S> room[kTileRows * kTileVectors];
-  static_assert(kDepth * (kTileRows + kColumns) <= kTileRows * kColumns);
-  S* const number = room[0].of;
-  S* const x = number;
-  S* const dz = x + kDepth * kTileRows;
-  const int row = threadIdx.x / kTileVectors * kHeight;
-  const int column = threadIdx.x % kTileVectors;
-  S sums[kHeight][kWidth<S>] = {};
-  for (int64_t first = 0; first < v.batch; first += kDepth) {
-    const int depth =
-        static_cast<int>(v.batch - first < kDepth ? v.batch - first : kDepth);
-    LoadPanel<kDepth, kTileRows>(v.dtype, v.x, first, depth, v.Rows(),
-                                 t / v.across * kTileRows, x);
-    LoadPanel<kDepth, kColumns>(v.dtype, v.dz, first, depth, v.width,
-                                t % v.across * kColumns, dz);
+__device__ void FormTile(const Variable& v, int t) {
+  constexpr int kDepth = Panel<S>::kDepth;
+  constexpr int kHeight = kVectors;  // rows of the tile that a thread makes
+  static_assert(kHeight % kWidth<S> == 0);
+  Room<S>& room = SharedRoom<S>();
+  const int across = v.across;
+  Strip<S, Panel<S>::kOfX> x(v.height, int64_t{t / across} * kTileRows);
+  Strip<S, kTileVectors> dz(v.width, int64_t{t % across} * kTileColumns<S>);
+  const int right = threadIdx.x % kTileVectors;
+  const int down = threadIdx.x / kTileVectors * kHeight;
+  Vector<S> sums[kHeight] = {};
+  int64_t left = v.batch;
+  Raw<S> raw_x = x.Load(v, v.x, v.height, left);
+  Raw<S> raw_dz = dz.Load(v, v.dz, v.width, left);
+  for (int p = 0; left > 0; p ^= 1) {
+    Panel<S>& panel = room.panel[p];
+    x.Store(v, raw_x, panel.x);
+    dz.Store(v, raw_dz, panel.dz);
     __syncthreads();
+    const int depth = left < kDepth ? left : kDepth;
+    left -= kDepth;
+    raw_x = x.Load(v, v.x, v.height, left);
+    raw_dz = dz.Load(v, v.dz, v.width, left);
+#pragma unroll 4
     for (int k = 0; k < depth; ++k) {
-      const Vector<S> dz_row =
-          room[(kDepth * kTileRows + k * kColumns) / kWidth<S> + column];
+      const Vector<S> of_dz = panel.dz[k][right];
       for (int r = 0; r < kHeight; ++r) {
+        const S of_x = panel.x[k][(down + r) / kWidth<S>].of[r % kWidth<S>];
         for (int w = 0; w < kWidth<S>; ++w) {
-          sums[r][w] =
-              Fma(x[k * kTileRows + row + r], dz_row.of[w], sums[r][w]);
+          sums[r].of[w] = Fma(of_x, of_dz.of[w], sums[r].of[w]);
         }
       }
     }
-    __syncthreads();
-  }
-  for (int r = 0; r < kHeight; ++r) {
-    for (int w = 0; w < kWidth<S>; ++w) {
-      number[(row + r) * kColumns + column * kWidth<S> + w] =
-          RoundTo(v.dtype, sums[r][w]);
-    }
   }
   __syncthreads();
-  return number;
+  for (int r = 0; r < kHeight; ++r) {
+    // As it is when it has been stored.
+    room.tile[(down + r) * kTileVectors + right] =
+        Convert<S>(v.dtype, Convert(v.dtype, sums[r], Rounding<S>{}, 0));
+  }
+  __syncthreads();
 }
 
 }  // namespace wdops::cuda

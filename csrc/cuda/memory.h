@@ -119,15 +119,18 @@ struct Rounding {
   bool stochastic;
   uint32_t bits[kWidth<S>];
 
-  // Stores number `w`, of tensor k of a step.
+  // Stores numbers of tensor k of a step.
   template <class T>
-  __device__ void Round(S value, T* to, int w, int k) const {
+  __device__ void Round(const Vector<S>& vector, T* to, int k) const {
     if constexpr (std::is_same_v<T, bfloat16>) {
-      const uint32_t nearest = ToNearest(BitCast<uint32_t>(value));
-      Store(value, to, stochastic ? Addend(bits[w], k) : nearest);
-    } else {
-      Store(value, to);
+      if (stochastic) {
+        for (int w = 0; w < kWidth<S>; ++w) {
+          Store(vector.of[w], &to[w], Addend(bits[w], k));
+        }
+        return;
+      }
     }
+    for (int w = 0; w < kWidth<S>; ++w) Store(vector.of[w], &to[w]);
   }
 };
 
@@ -136,15 +139,13 @@ __device__ Raw<S> Convert(int dtype, const Vector<S>& vector,
                           const Rounding<S>& rounding, int k) {
   Raw<S> raw = {};
   switch (dtype) {
-#define DTYPE(name, Type)                                \
-  case k_##name:                                         \
-    if constexpr (kIsComputedIn<Type, S>) {              \
-      Type numbers[kWidth<S>];                           \
-      for (int w = 0; w < kWidth<S>; ++w) {              \
-        rounding.Round(vector.of[w], &numbers[w], w, k); \
-      }                                                  \
-      memcpy(raw.word, numbers, sizeof numbers);         \
-    }                                                    \
+#define DTYPE(name, Type)                        \
+  case k_##name:                                 \
+    if constexpr (kIsComputedIn<Type, S>) {      \
+      Type numbers[kWidth<S>];                   \
+      rounding.Round(vector, numbers, k);        \
+      memcpy(raw.word, numbers, sizeof numbers); \
+    }                                            \
     break;
 #include "rules/dtypes.inc"
   }

@@ -223,8 +223,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Chunk<S> chunk(table);
   const Variable& v = chunk.v;
   if (!chunk.mine || v.IsRun()) return;
-  const S* tile = nullptr;
-  if (Terms::kOfGradient && v.IsFactored()) tile = FormTile<S>(v, chunk.index);
+  const bool formed = Terms::kOfGradient && v.IsFactored();
+  if (formed) FormTile<S>(v, chunk.index);
   constexpr int kColumns = kTileColumns<S>;
   const int64_t first_row = chunk.index / v.across * kTileRows;
   const int64_t first_column = chunk.index % v.across * kColumns;
@@ -241,8 +241,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (v.IsFactored()) {
           const int64_t row = first_row + e / kColumns;
           const int64_t column = first_column + e % kColumns;
-          if (row < v.Rows() && column < v.width) at = row * v.width + column;
-          if (tile) grad[b] = tile[e];
+          if (row < v.height && column < v.width) at = row * v.width + column;
+          if (formed) {
+            grad[b] = SharedRoom<S>().tile[e / kWidth<S>].of[e % kWidth<S>];
+          }
           continue;
         }
         const int64_t g = chunk.index * kChunk + e;

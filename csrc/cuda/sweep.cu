@@ -8,31 +8,54 @@ namespace {
 // Vector `lane` of a piece: where it is in the gradient and in all other
 // arrays.
 template <class S>
-__device__ bool FindPlace(const Variable& v, int64_t piece, int lane,
-                          Place* grad, Place* place) {
-  int64_t row = 0, column;
+__device__ bool FindPlace(const Variable& v, int piece, int lane, Place* grad,
+                          Place* place) {
+  int64_t column, row_begin = 0, place_begin = 0;
   if (v.IsFactored()) {
-    row = piece / v.across * kTileRows + lane / kTileVectors;
-    column =
-        piece % v.across * kTileColumns<S> + lane % kTileVectors * kWidth<S>;
-    if (row >= v.Rows()) return false;
+    const int across = v.across;  // fewer than there are blocks in a grid
+    const int64_t row =
+        int64_t{piece / across} * kTileRows + lane / kTileVectors;
+    if (row >= v.height) return false;
+    column = int64_t{piece % across} * kTileColumns<S> +
+             lane % kTileVectors * kWidth<S>;
+    row_begin = place_begin = row * v.width;
   } else {
-    int64_t vector = piece * (kThreads * kVectors) + lane;
+    int64_t vector = int64_t{piece} * (kThreads * kVectors) + lane;
     if (v.rows) {
-      row = vector / v.across;
+      const int64_t row = vector / v.across;
+      if (row >= v.height) return false;
       vector -= row * v.across;
-      if (row >= v.Rows()) return false;
+      row_begin = row * v.width;
+      place_begin = v.rows[row] * v.width;
     }
     column = vector * kWidth<S>;
   }
   if (column >= v.width) return false;
   const int64_t left = v.width - column;
   const int count = left < kWidth<S> ? left : kWidth<S>;
-  *grad = {row * v.width + column, count,
+  *grad = {row_begin + column, count,
            static_cast<bool>(v.aligned & (count == kWidth<S>))};
-  *place = *grad;
-  if (v.rows) place->at = v.rows[row] * v.width + column;
+  *place = {place_begin + column, grad->count, grad->whole};
   return true;
+}
+
+// As Find, by all threads of a block together: so a block does not begin with a
+// load that waits for another for every bit of `count`. Not inlined: a kernel
+// that needs all registers would find one fewer.
+__device__ __noinline__ int FindTogether(const int64_t* first, int count,
+                                         int64_t at) {
+  __shared__ int found;
+  int64_t low = 0, step = count;
+  while (step > 1) {
+    step = Ceil(step, kThreads);
+    const int64_t begin = low + threadIdx.x * step;
+    const int64_t end = begin + step < count ? begin + step : count;
+    if (begin < end && first[begin] <= at && at < first[end]) found = begin;
+    __syncthreads();
+    low = found;
+    __syncthreads();
+  }
+  return low;
 }
 
 // Copies whole words, each of which a thread moves.
@@ -61,8 +84,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   constexpr bool kDouble = std::is_same_v<S, double>;
   __shared__ Variable v;
   __shared__ AnyStep any_step;
-  const int variable = Find(table->FirstPiece(), table->count, blockIdx.x);
-  const int64_t piece = blockIdx.x - table->FirstPiece()[variable];
+  const int variable =
+      FindTogether(table->FirstPiece(), table->count, blockIdx.x);
+  // A grid has fewer blocks than 2^31.
+  const int piece = blockIdx.x - table->FirstPiece()[variable];
   const OneStep& one = *steps->Of(variable, kDouble);
   Copy<sizeof v>(&table->Variables()[variable], &v);
   Copy<sizeof(Step<Rule, S>)>(one.step.bytes, any_step.bytes);
@@ -73,8 +98,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     if (threadIdx.x == 0) scales.Scale(one, variable, &step);
     __syncthreads();
   }
-  const bool scaled = kRate && step.options.scaled_proximal;
-  const S* const tile = v.IsFactored() ? FormTile<S>(v, piece) : nullptr;
+  if (v.IsFactored()) FormTile<S>(v, piece);
 
 #pragma unroll 1
   for (int j = 0; j < kVectors; ++j) {
@@ -92,33 +116,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     }
 
     Vector<S> param = Convert<S>(v.dtype, raw_param), total, slot[kSlots + 1];
-    if (v.IsFactored()) {
-      for (int w = 0; w < kWidth<S>; ++w) {
-        total.of[w] = tile[lane * kWidth<S> + w];
-      }
-    } else {
-      total = Convert<S>(v.dtype, raw_grad);
-    }
+    total = v.IsFactored() ? SharedRoom<S>().tile[lane]
+                           : Convert<S>(v.dtype, raw_grad);
     if (v.accumulator) {
       const auto accumulator = Convert<S>(v.dtype, raw_accumulator);
       for (int w = 0; w < kWidth<S>; ++w) {
-        total.of[w] = step.Total(param.of[w], total.of[w], accumulator.of[w]);
+        total.of[w] = step.Mean(total.of[w], accumulator.of[w]);
       }
     } else {
       for (int w = 0; w < kWidth<S>; ++w) {
-        total.of[w] = step.Total(param.of[w], total.of[w]);
+        total.of[w] = step.Scaled(total.of[w]);
       }
     }
     for (int k = 0; k < kSlots; ++k) {
       slot[k] = Convert<S>(v.slot_dtype, raw_slot[k]);
     }
-    for (int w = 0; w < kWidth<S>; ++w) {
-      S s[kSlots + 1];
-      for (int k = 0; k < kSlots; ++k) s[k] = slot[k].of[w];
-      const S p = step.Move(param.of[w], total.of[w], s);
-      param.of[w] = scaled ? step.template Proximal<kRate>(p, s)
-                           : step.template Proximal<false>(p, s);
-      for (int k = 0; k < kSlots; ++k) slot[k].of[w] = s[k];
+    const bool scaled = kRate && step.options.scaled_proximal;
+    const auto move = [&](const auto& step, bool scaled) {
+      for (int w = 0; w < kWidth<S>; ++w) {
+        S s[kSlots + 1];
+        for (int k = 0; k < kSlots; ++k) s[k] = slot[k].of[w];
+        const S penalty = step.Penalty(param.of[w]);
+        const S p = step.Move(param.of[w], total.of[w] + penalty, s);
+        param.of[w] = scaled ? step.template Proximal<kRate>(p, s)
+                             : step.template Proximal<false>(p, s);
+        for (int k = 0; k < kSlots; ++k) slot[k].of[w] = s[k];
+      }
+    };
+    if (!scaled && step.IsSmooth()) {
+      move(step.Smooth(), false);
+    } else {
+      move(step, scaled);
     }
 
     Rounding<S> rounding = {step.options.stochastic};

@@ -29,6 +29,7 @@ Variable Complete(const WdopsVariable& given) {
   Variable v{given};
   if (v.IsRun()) v.width = v.n;
   const int width = WidthOf(v.IsDouble());
+  v.height = v.width ? v.n / v.width : 0;
   v.across = Ceil(v.width, v.IsFactored() ? kTileVectors * width : width);
   v.bytes = kDTypeBytes[v.dtype];
   v.slot_bytes = kDTypeBytes[v.slot_dtype];
@@ -39,12 +40,15 @@ Variable Complete(const WdopsVariable& given) {
   for (const void* slot : v.slot) {
     v.aligned &= IsMultiple(slot, v.slot_bytes * width);
   }
+  v.factors_aligned = v.height % width == 0 && v.width % width == 0 &&
+                      IsMultiple(v.x, v.bytes * width) &&
+                      IsMultiple(v.dz, v.bytes * width);
   return v;
 }
 
 int64_t PiecesOf(const Variable& v) {
-  if (v.IsFactored()) return Ceil(v.Rows(), kTileRows) * v.across;
-  return Ceil(v.Rows() * v.across, kThreads * kVectors);
+  if (v.IsFactored()) return Ceil(v.height, kTileRows) * v.across;
+  return Ceil(v.height * v.across, kThreads * kVectors);
 }
 
 int64_t ChunksOf(const Variable& v) {

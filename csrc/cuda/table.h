@@ -29,15 +29,14 @@ inline int WidthOf(bool is_double) {
 // where there are neither rows nor factors.
 struct Variable : WdopsVariable {
   int bytes, slot_bytes;  // of a number
-  // Vectors that hold a row, or tiles that do.
-  int64_t across;
-  // Whether every vector may be moved at once.
-  bool aligned;
+  // Vectors that hold a row, or tiles that do; and how many rows there are.
+  int64_t across, height;
+  // Whether every vector may be moved at once, and every one of the factors.
+  bool aligned, factors_aligned;
 
   WDOPS_FN bool IsDouble() const { return dtype == k_float64; }
   WDOPS_FN bool IsFactored() const { return !grad; }
   WDOPS_FN bool IsRun() const { return !rows && grad; }
-  WDOPS_FN int64_t Rows() const { return width ? n / width : 0; }
 };
 
 struct alignas(16) Table {

@@ -126,7 +126,9 @@ WDOPS_FN float Pow(float x, float y) {
 }
 
 // By libm, because only constants of a step are made by it and, in float64,
-// ftrl_power.
+// ftrl_power. That of a card rounds the last bit otherwise than that of a CPU,
+// in a few of a million: so float64 ftrl_power has not all bits of the CPU's
+// there, as everything else has.
 WDOPS_FN double Pow(double x, double y) { return pow(x, y); }
 
 }  // namespace wdops

@@ -12,6 +12,8 @@
 #include <type_traits>
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #define WDOPS_FN __host__ __device__ inline
 #else
 // A call that is left in the loop of a long rule would stop the vectorizer.
@@ -74,8 +76,12 @@ WDOPS_FN float Load(bfloat16 x) {
 // Integer arithmetic instead of a conversion instruction: every instruction
 // set gives the same bits, and the loop around it is vectorized on each. A
 // subnormal half is made by a subtraction of normal floats, because the sweep
-// runs with subnormal floats flushed to zero.
+// runs with subnormal floats flushed to zero. A card has instructions that give
+// the same, to the payload of a NaN, which no two agree on.
 WDOPS_FN float Load(float16 x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(x.bits));
+#else
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t exponent = magnitude & 0x0f800000;
   const float normal = BitCast<float>(magnitude + 0x38000000);
@@ -87,6 +93,7 @@ WDOPS_FN float Load(float16 x) {
                                                 : normal;
   return BitCast<float>(BitCast<uint32_t>(absolute) |
                         static_cast<uint32_t>(x.bits & 0x8000) << 16);
+#endif
 }
 
 WDOPS_FN void Store(float value, float* to) { *to = value; }
@@ -104,11 +111,18 @@ WDOPS_FN void Store(float value, bfloat16* to, uint32_t addend) {
   to->bits = static_cast<uint16_t>(rounded >> 16);
 }
 WDOPS_FN void Store(float value, bfloat16* to) {
+#ifdef __CUDA_ARCH__
+  to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
   Store(value, to, ToNearest(BitCast<uint32_t>(value)));
+#endif
 }
 
 // To nearest, ties to even.
 WDOPS_FN void Store(float value, float16* to) {
+#ifdef __CUDA_ARCH__
+  to->bits = __half_as_ushort(__float2half_rn(value));
+#else
   const uint32_t bits = BitCast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffff;
   // Adding 1/2 moves a magnitude below 2^-14 to where one unit in the last
@@ -122,6 +136,7 @@ WDOPS_FN void Store(float value, float16* to) {
                         : magnitude < 0x38800000 ? subnormal
                                                  : normal;
   to->bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000));
+#endif
 }
 
 }  // namespace wdops

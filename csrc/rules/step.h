@@ -119,7 +119,7 @@ struct Step : Gradient<S> {
 
   // Whether there is neither l1 nor a limit of values nor a threshold, as in
   // most steps: only those choose by the value of an element.
-  bool IsSmooth() const {
+  WDOPS_FN bool IsSmooth() const {
     return this->l1 == 0 && clip_value == 0 && threshold == 0;
   }
   // A smooth step that the compiler knows to be one: it leaves out what is off.
