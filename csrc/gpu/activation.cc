@@ -51,7 +51,7 @@ class GradGpu : public GradOp {
   }
 };
 
-const bool registered = [] {
+const bool activations_registered = [] {
   for (const ActivationInfo& info : kActivations) {
     const std::vector<std::string> hypers(info.hypers.begin(),
                                           info.hypers.end());

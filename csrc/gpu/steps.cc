@@ -202,7 +202,7 @@ std::vector<std::string> HostHypers(const RuleInfo* rule) {
   return names;
 }
 
-const bool registered = [] {
+const bool steps_registered = [] {
   for (const RuleInfo& rule : kRules) {
     std::vector<std::string> names = HostHypers(&rule);
     names.insert(names.end(), {"var", "accumulator", "average"});

@@ -105,7 +105,7 @@ void RegisterActivation(const ActivationInfo& info, bool gradient) {
   op();
 }
 
-const bool registered = [] {
+const bool activations_registered = [] {
   for (const ActivationInfo& info : kActivations) {
     RegisterActivation(info, false);
     RegisterActivation(info, true);

@@ -178,7 +178,7 @@ void RegisterApply(const RuleInfo& rule) {
   op();
 }
 
-const bool registered = [] {
+const bool steps_registered = [] {
   for (const RuleInfo& rule : kRules) RegisterApply(rule);
   return true;
 }();

@@ -121,7 +121,7 @@ class NormsCpu : public NormsOp {
                 k_float16 == 3);
 };
 
-const bool registered = [] {
+const bool norms_registered = [] {
   tensorflow::register_op::OpDefBuilderWrapper op("Wdops>Norms");
   op.Attr("V: int >= 0");
   op.Attr("A: int >= 0");
