@@ -1,7 +1,9 @@
 """Writes the figures in README.md: what stands between <!-- bench:NAME --> and <!-- /bench --> is made of results.json,
-and behind <!-- bench:MACHINE/NAME --> of results_MACHINE.json, of which each is of one machine.
+and behind <!-- bench:MACHINE/NAME --> of results_MACHINE.json, of which each is of one machine; what stands between
+<!-- gpu:CARD --> and <!-- /gpu -->, of gpu_CARD.json.
 
 python -m wdops bench --json benchmarks/results.json --png benchmarks
+python benchmarks/gpu.py --output FOLDER        on a machine with a card: its gpu.json
 python benchmarks/figures.py
 """
 
@@ -261,5 +263,38 @@ def filled(text: str, results: dict[str, Results]) -> str:
     return re.sub(r"(<!-- bench:(?:(\w+)/)?(\S+) -->).*?<!-- /bench -->", figure, text, flags=re.DOTALL)
 
 
+COPY = "a copy of as many bytes"
+
+
+def gpu(path: Path) -> str:
+    """Milliseconds beside PyTorch and a copy; of what has but a copy beside it, the share of the copy's speed."""
+    found = json.loads(path.read_text())
+    body, shares = [], []
+    for table in found["tables"]:
+        times = {rival: milliseconds(seconds) for rival, seconds in table["seconds"].items()}
+        ours = next(iter(times))
+        others = {rival: time for rival, time in times.items() if rival not in (ours, COPY)}
+        if not others:
+            title, _, elements = table["title"].rpartition(", ")
+            shares.append(f"{title} {times[COPY] / times[ours]:.2f}")
+            continue
+        beside = "; ".join(f"{digits(time)} {rival}" for rival, time in others.items())
+        body.append([table["title"], digits(times[ours]), digits(times[COPY]) if COPY in times else "", beside])
+    machine = f"{found['machine']['card']}, PyTorch {found['machine']['versions']['torch']}"
+    of_a_copy = textwrap.fill(f"{machine}. Of a copy's speed, steps of {elements}: {'; '.join(shares)}.", 120)
+    return rows(["ms", "wdops", COPY, "others"], body) + f"\n{of_a_copy}\n"
+
+
+def with_gpus(text: str) -> str:
+    """`text` with the figures of every card."""
+    folder = Path(__file__).parent
+    return re.sub(
+        r"(<!-- gpu:(\S+) -->).*?<!-- /gpu -->",
+        lambda match: f"{match[1]}{gpu(folder / f'gpu_{match[2]}.json')}<!-- /gpu -->",
+        text,
+        flags=re.DOTALL,
+    )
+
+
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(), measured()))
+    README.write_text(with_gpus(filled(README.read_text(), measured())))

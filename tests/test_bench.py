@@ -284,6 +284,13 @@ def test_the_figures_of_the_readme_are_those_of_the_json(figures):
         assert figures["filled"](readme, results | {name: other}).count("an abacus") == 1
 
 
+def test_the_figures_of_a_gpu_are_those_of_its_json(figures):
+    readme = figures["README"].read_text()
+    assert figures["with_gpus"](readme) == readme
+    emptied = re.sub(r"(<!-- gpu:\S+ -->).*?(<!-- /gpu -->)", r"\1\2", readme, flags=re.DOTALL)
+    assert emptied != readme == figures["with_gpus"](emptied)
+
+
 def test_no_figure_of_the_section_is_typed_by_hand(figures):
     section = re.search(r"## Measured\n(.*?)\n## ", figures["README"].read_text(), re.DOTALL)[1]
     typed = re.sub(r"<!-- bench:(\S+) -->.*?<!-- /bench -->", "", section, flags=re.DOTALL)
