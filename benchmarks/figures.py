@@ -263,7 +263,7 @@ def filled(text: str, results: dict[str, Results]) -> str:
     return re.sub(r"(<!-- bench:(?:(\w+)/)?(\S+) -->).*?<!-- /bench -->", figure, text, flags=re.DOTALL)
 
 
-COPY = "a copy of as many bytes"
+COPY = "a copy of as many bytes"  # as gpu.py calls it
 
 
 def gpu(path: Path) -> str:
@@ -281,8 +281,8 @@ def gpu(path: Path) -> str:
         beside = "; ".join(f"{digits(time)} {rival}" for rival, time in others.items())
         body.append([table["title"], digits(times[ours]), digits(times[COPY]) if COPY in times else "", beside])
     machine = f"{found['machine']['card']}, PyTorch {found['machine']['versions']['torch']}"
-    of_a_copy = textwrap.fill(f"{machine}. Of a copy's speed, steps of {elements}: {'; '.join(shares)}.", 120)
-    return rows(["ms", "wdops", COPY, "others"], body) + f"\n{of_a_copy}\n"
+    of_a_copy = paragraph(f"{machine}. Of a copy's speed, steps of {elements}: {'; '.join(shares)}.")
+    return rows(["ms", "wdops", COPY, "others"], body) + of_a_copy
 
 
 def with_gpus(text: str) -> str:

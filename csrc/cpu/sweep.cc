@@ -190,6 +190,8 @@ S* Widen(T* from, int n, S* room) {
   if constexpr (std::is_same_v<std::remove_const_t<T>, S>) {
     return const_cast<S*>(from);  // a sweep only reads the gradient
   } else {
+    // Unlike FetchAhead on every processor: between two blocks of an array,
+    // none loads it ahead by itself.
     for (int i = 0; i < kBlock; i += kLine / sizeof(T)) {
       __builtin_prefetch(from + kBlock + i);
     }
